@@ -1,0 +1,1 @@
+"""Generated from protos/kvbaton/v1 by scripts/gen_protos.sh. Never edited."""
