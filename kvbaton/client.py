@@ -1,0 +1,190 @@
+"""Async client of Baton's gRPC services: typed, small, a deadline on every call.
+
+    async with Client("localhost:50051") as client:
+        async for chunk in client.stream(text="The capital of France is", sampling=SamplingParams(max_new_tokens=16)):
+            print(chunk.text, end="", flush=True)
+
+Works against a frontend and, with token ids and a bootstrap, against a single worker. Errors are
+`kvbaton.errors.RequestError`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+import grpc.aio
+
+from kvbaton.errors import RequestError, invalid
+from kvbaton.v1 import generate_pb2, generate_pb2_grpc, health_pb2, health_pb2_grpc, model_pb2, model_pb2_grpc
+from kvbaton.v1.generate_pb2 import Bootstrap, ChatMessage, GenerateRequest, GenerateResponse, SamplingParams
+
+__all__ = ["Answer", "Bootstrap", "ChatMessage", "Client", "SamplingParams"]
+
+T = TypeVar("T")
+
+Messages = Sequence[ChatMessage | Mapping[str, str]]
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+
+
+class Answer:
+    """A whole answer: all of its tokens and text, and how it ended."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finished = generate_pb2.Finished()
+
+    def add(self, chunk: GenerateResponse) -> None:
+        """One more message of the stream."""
+        self.token_ids.extend(chunk.token_ids)
+        self.text += chunk.text
+        if chunk.HasField("finished"):
+            self.finished = chunk.finished
+
+
+class Client:
+    """One connection; use it as an async context manager.
+
+    `timeout` is the deadline in seconds of a whole generation, `call_timeout` that of every other call. With `ca`,
+    `cert` and `key` (PEM files) the connection is TLS or mTLS.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float = 600.0,
+        call_timeout: float = 10.0,
+        ca: Path | None = None,
+        cert: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
+        if ca is None and cert is None:
+            self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        else:
+            files = [path.read_bytes() if path is not None else None for path in (ca, key, cert)]
+            self._channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(*files), options=_OPTIONS)
+        self._timeout, self._call_timeout = timeout, call_timeout
+        self._generate = generate_pb2_grpc.GenerateServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthServiceStub(self._channel)
+        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def stream(
+        self,
+        *,
+        text: str | None = None,
+        chat: Messages | None = None,
+        token_ids: Iterable[int] | None = None,
+        sampling: SamplingParams | None = None,
+        model: str = "",
+        request_id: str = "",
+        bootstrap: Bootstrap | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[GenerateResponse]:
+        """The answer as it comes; the last message has `finished`. Exactly one of text, chat and token_ids.
+
+        Leaving the iterator early cancels the request. Raises RequestError.
+        """
+        request = _request(text, chat, token_ids)
+        request.model, request.request_id = model, request_id or uuid.uuid4().hex
+        if sampling is not None:
+            request.sampling.CopyFrom(sampling)
+        if bootstrap is not None:
+            request.bootstrap.CopyFrom(bootstrap)
+        call = self._generate.Generate(request, timeout=timeout or self._timeout)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise RequestError.from_rpc_error(error) from error
+        finally:
+            call.cancel()
+
+    async def generate(
+        self,
+        *,
+        text: str | None = None,
+        chat: Messages | None = None,
+        token_ids: Iterable[int] | None = None,
+        sampling: SamplingParams | None = None,
+        model: str = "",
+        request_id: str = "",
+        bootstrap: Bootstrap | None = None,
+        timeout: float | None = None,
+    ) -> Answer:
+        """The whole answer. Arguments and errors as for `stream`."""
+        answer = Answer()
+        async for chunk in self.stream(
+            text=text,
+            chat=chat,
+            token_ids=token_ids,
+            sampling=sampling,
+            model=model,
+            request_id=request_id,
+            bootstrap=bootstrap,
+            timeout=timeout,
+        ):
+            answer.add(chunk)
+        return answer
+
+    async def abort(self, request_id: str) -> bool:
+        """Aborts a live request; False when there was none by that id."""
+        request = generate_pb2.AbortRequest(request_id=request_id)
+        return (await _typed(self._generate.Abort(request, timeout=self._call_timeout))).found
+
+    async def list_models(self) -> list[model_pb2.ModelInfo]:
+        """Every model that the process serves."""
+        reply = await _typed(self._models.ListModels(model_pb2.ListModelsRequest(), timeout=self._call_timeout))
+        return list(reply.models)
+
+    async def model_info(self, model: str = "") -> model_pb2.ModelInfo:
+        """One model; an empty name means the only one."""
+        request = model_pb2.GetModelInfoRequest(model=model)
+        return (await _typed(self._models.GetModelInfo(request, timeout=self._call_timeout))).info
+
+    async def status(self) -> health_pb2.StatusResponse:
+        """State, load and, from a frontend, every worker that it knows."""
+        return await _typed(self._health.Status(health_pb2.StatusRequest(), timeout=self._call_timeout))
+
+    async def probe(self, *, timeout: float = 60.0) -> float:
+        """A real one-token generation; returns its seconds."""
+        reply = await _typed(self._health.Probe(health_pb2.ProbeRequest(), timeout=timeout))
+        return reply.elapsed.ToNanoseconds() / 1e9
+
+
+def _request(text: str | None, chat: Messages | None, token_ids: Iterable[int] | None) -> GenerateRequest:
+    given = [name for name, value in (("text", text), ("chat", chat), ("token_ids", token_ids)) if value is not None]
+    if len(given) != 1:
+        raise invalid("input", f"exactly one of text, chat and token_ids, not {' and '.join(given) or 'none'}")
+    if text is not None:
+        return GenerateRequest(text=text)
+    if chat is not None:
+        messages = [m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in chat]
+        return GenerateRequest(chat=generate_pb2.ChatInput(messages=messages))
+    return GenerateRequest(token_ids=generate_pb2.TokenIds(ids=token_ids or ()))
+
+
+async def _typed(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise RequestError.from_rpc_error(error) from error
