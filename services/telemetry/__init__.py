@@ -1,0 +1,5 @@
+"""Logs and metrics.
+
+- `logging`: structlog set-up of a process
+- `metrics`: every metric that Baton itself exports, by name
+"""

@@ -1,0 +1,25 @@
+"""Every metric that Baton exports. Seconds and tokens are in the names."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+# Worker: legs, by role and outcome (finished, or the gRPC status name of the error).
+WORKER_LEGS = Counter("kvbaton_worker_legs", "Legs that a worker has ended.", ["role", "outcome"])
+WORKER_LIVE_LEGS = Gauge("kvbaton_worker_live_legs", "Legs that a worker has accepted and not ended.", ["role"])
+WORKER_STATE = Gauge("kvbaton_worker_state", "1 for the state that the worker is in.", ["role", "state"])
+
+# Frontend: requests, by model and outcome (finished, or the gRPC status name of the error).
+REQUESTS = Counter("kvbaton_requests", "Requests that the frontend has ended.", ["model", "outcome"])
+LIVE_REQUESTS = Gauge("kvbaton_live_requests", "Requests accepted and not ended.")
+PROMPT_TOKENS = Counter("kvbaton_prompt_tokens", "Prompt tokens of finished requests.", ["model"])
+COMPLETION_TOKENS = Counter("kvbaton_completion_tokens", "Tokens generated for finished requests.", ["model"])
+PHASE_SECONDS = Histogram(
+    "kvbaton_phase_seconds", "Seconds in each phase: queue, prefill, transfer, decode.", ["phase"], buckets=_SECONDS
+)
+TIME_TO_FIRST_TOKEN_SECONDS = Histogram(
+    "kvbaton_time_to_first_token_seconds", "Received until the first token.", ["model"], buckets=_SECONDS
+)
+ROUTABLE_WORKERS = Gauge("kvbaton_routable_workers", "Workers that requests can be sent to.", ["role"])
