@@ -1,0 +1,61 @@
+"""Flags that every process has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.config.flags import flag
+from services.transport import TlsConfig
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdFlags:
+    """Where the registry is."""
+
+    etcd_endpoints: str = flag("127.0.0.1:2379", "etcd, host:port, several separated by commas")
+    etcd_tls_cert: Path | None = flag(None, "client certificate for etcd (PEM)")
+    etcd_tls_key: Path | None = flag(None, "its key (PEM)")
+    etcd_tls_ca: Path | None = flag(None, "authority of etcd's certificate (PEM); switches TLS to etcd on")
+    namespace: str = flag("default", "workers and frontends of one namespace see each other")
+
+    @property
+    def endpoints(self) -> list[str]:
+        """The endpoints as a list."""
+        return [endpoint.strip() for endpoint in self.etcd_endpoints.split(",") if endpoint.strip()]
+
+    def tls(self) -> TlsConfig | None:
+        """TLS to etcd, or None for plain text."""
+        if self.etcd_tls_ca is None and self.etcd_tls_cert is None:
+            return None
+        return TlsConfig(self.etcd_tls_cert, self.etcd_tls_key, self.etcd_tls_ca)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFlags:
+    """TLS between Baton's own processes and their clients. The same files serve as server and as client identity."""
+
+    tls_cert: Path | None = flag(None, "certificate of this process (PEM)")
+    tls_key: Path | None = flag(None, "its key (PEM)")
+    tls_ca: Path | None = flag(None, "authority of the peers' certificates (PEM)")
+    tls_client_auth: bool = flag(False, "refuse clients without a certificate of --tls-ca (mTLS)")
+
+    def server(self) -> TlsConfig | None:
+        """TLS of this process's gRPC server, or None for plain text."""
+        if self.tls_cert is None and not self.tls_client_auth:
+            return None
+        return TlsConfig(self.tls_cert, self.tls_key, self.tls_ca, self.tls_client_auth)
+
+    def client(self) -> TlsConfig | None:
+        """TLS towards other Baton processes, or None for plain text."""
+        if self.tls_ca is None:
+            return None
+        return TlsConfig(self.tls_cert, self.tls_key, self.tls_ca)
+
+
+@dataclass(frozen=True, slots=True)
+class LogFlags:
+    """Logs go to stderr."""
+
+    log_level: str = flag("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    log_format: str = flag("console", "console or json", choices=("console", "json"))
