@@ -1,0 +1,123 @@
+"""Bad input is refused by field before any engine sees it."""
+
+from __future__ import annotations
+
+import math
+
+import grpc
+import pytest
+
+from kvbaton.errors import RequestError
+from kvbaton.v1.generate_pb2 import Bootstrap, SamplingParams
+from services.requests import Limits, check_prompt, check_request_id, check_room, check_sampling, check_stops
+
+LIMITS = Limits(context_length=100, max_prompt_tokens=90, vocab_size=50, seeded_sampling=True)
+
+
+def refused_field(call: object) -> str:
+    with pytest.raises(RequestError) as caught:
+        call()  # type: ignore[operator]
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.field in caught.value.message
+    return caught.value.field
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        (SamplingParams(max_new_tokens=0), "sampling.max_new_tokens"),
+        (SamplingParams(max_new_tokens=-1), "sampling.max_new_tokens"),
+        (SamplingParams(max_new_tokens=91), "sampling.max_new_tokens"),
+        (SamplingParams(min_new_tokens=-1), "sampling.min_new_tokens"),
+        (SamplingParams(max_new_tokens=4, min_new_tokens=5), "sampling.min_new_tokens"),
+        (SamplingParams(temperature=-0.1), "sampling.temperature"),
+        (SamplingParams(temperature=math.nan), "sampling.temperature"),
+        (SamplingParams(temperature=math.inf), "sampling.temperature"),
+        (SamplingParams(top_p=0), "sampling.top_p"),
+        (SamplingParams(top_p=1.01), "sampling.top_p"),
+        (SamplingParams(top_k=0), "sampling.top_k"),
+        (SamplingParams(top_k=-2), "sampling.top_k"),
+        (SamplingParams(min_p=1.5), "sampling.min_p"),
+        (SamplingParams(frequency_penalty=2.5), "sampling.frequency_penalty"),
+        (SamplingParams(presence_penalty=-2.5), "sampling.presence_penalty"),
+        (SamplingParams(repetition_penalty=0), "sampling.repetition_penalty"),
+        (SamplingParams(seed=-1), "sampling.seed"),
+        (SamplingParams(stop_token_ids=[50]), "sampling.stop_token_ids"),
+        (SamplingParams(stop_token_ids=[1] * 65), "sampling.stop_token_ids"),
+    ],
+)
+def test_bad_sampling_names_its_field(params: SamplingParams, field: str) -> None:
+    assert refused_field(lambda: check_sampling(params, prompt_tokens=10, limits=LIMITS)) == field
+
+
+def test_unset_sampling_takes_the_documented_defaults() -> None:
+    sampling = check_sampling(SamplingParams(), prompt_tokens=10, limits=LIMITS)
+    assert sampling.max_new_tokens == 90, "all that the context leaves"
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, -1)
+    assert sampling.seed is None
+
+
+def test_an_explicit_zero_is_not_a_default() -> None:
+    assert check_sampling(SamplingParams(temperature=0), prompt_tokens=10, limits=LIMITS).temperature == 0.0
+
+
+def test_every_sampling_field_survives_the_way_to_a_worker() -> None:
+    """Fields are compared by name, so a new one that `to_proto` forgets fails here."""
+    given = SamplingParams(
+        max_new_tokens=7,
+        min_new_tokens=2,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.125,
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        repetition_penalty=1.5,
+        seed=11,
+        ignore_eos=True,
+        stop_token_ids=[4, 5],
+    )
+    frontend_only = {"stop", "skip_special_tokens"}
+    sent = check_sampling(given, prompt_tokens=10, limits=LIMITS).to_proto()
+    names = {field.name for field in SamplingParams.DESCRIPTOR.fields} - frontend_only
+    assert {name: getattr(sent, name) for name in names} == {name: getattr(given, name) for name in names}
+
+
+def test_a_seed_is_refused_where_it_would_mean_nothing() -> None:
+    limits = Limits(context_length=100, max_prompt_tokens=90, vocab_size=50, seeded_sampling=False)
+    assert (
+        refused_field(lambda: check_sampling(SamplingParams(seed=1), prompt_tokens=1, limits=limits)) == "sampling.seed"
+    )
+
+
+@pytest.mark.parametrize("tokens", [[], [49, 50], [1] * 91])
+def test_bad_prompts_are_refused(tokens: list[int]) -> None:
+    assert refused_field(lambda: check_prompt(tokens, LIMITS)) == "token_ids"
+
+
+@pytest.mark.parametrize(
+    ("bootstrap", "field"),
+    [
+        (Bootstrap(port=1, room=1), "bootstrap.host"),
+        (Bootstrap(host="h", room=1), "bootstrap.port"),
+        (Bootstrap(host="h", port=65536, room=1), "bootstrap.port"),
+        (Bootstrap(host="h", port=1, room=0), "bootstrap.room"),
+        (Bootstrap(host="h", port=1, room=1 << 63), "bootstrap.room"),
+    ],
+)
+def test_bad_rooms_are_refused(bootstrap: Bootstrap, field: str) -> None:
+    assert refused_field(lambda: check_room(bootstrap)) == field
+
+
+def test_the_largest_room_is_taken() -> None:
+    assert check_room(Bootstrap(host="h", port=1, room=(1 << 63) - 1)).room == (1 << 63) - 1
+
+
+@pytest.mark.parametrize("stops", [[""], ["a", ""], ["a"] * 17])
+def test_bad_stop_strings_are_refused(stops: list[str]) -> None:
+    assert refused_field(lambda: check_stops(stops)) == "sampling.stop"
+
+
+@pytest.mark.parametrize("request_id", ["x" * 129, "a b", "tab\t", "ü"])
+def test_bad_request_ids_are_refused(request_id: str) -> None:
+    assert refused_field(lambda: check_request_id(request_id)) == "request_id"
