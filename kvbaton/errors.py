@@ -123,9 +123,9 @@ class RequestError(Exception):
         reason, retry_after = Reason.UNTYPED, None
         metadata: dict[str, str] = {}
         for detail in details:
-            if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+            if detail.Unpack(info) and info.domain == DOMAIN:
                 reason, metadata = _reason(info.reason), dict(info.metadata)
-            elif detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
+            elif detail.Unpack(retry):
                 retry_after = retry.retry_delay.ToNanoseconds() / 1e9
         room = metadata.get("room", "")
         return cls(

@@ -49,8 +49,8 @@ _CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
 class TlsConfig:
     """PEM files of one side of a connection.
 
-    A server needs `cert` and `key`; with `ca` and `require_client_cert` it asks for client certificates (mTLS). A client
-    needs `ca` (None: the system's roots) and, for mTLS, `cert` and `key`.
+    A server needs `cert` and `key`; with `ca` and `require_client_cert` it asks for client certificates (mTLS).
+    A client needs `ca` (None: the system's roots) and, for mTLS, `cert` and `key`.
     """
 
     cert: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from services.config.flags import flag
 from services.transport import TlsConfig
@@ -57,5 +58,5 @@ class TlsFlags:
 class LogFlags:
     """Logs go to stderr."""
 
-    log_level: str = flag("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
-    log_format: str = flag("console", "console or json", choices=("console", "json"))
+    log_level: Literal["debug", "info", "warning", "error"] = flag("info", "what is logged")
+    log_format: Literal["console", "json"] = flag("console", "lines for people or for machines")

@@ -10,9 +10,9 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -24,10 +24,9 @@ class ConfigError(Exception):
     """A flag or variable can't be used; the message names it."""
 
 
-def flag(default: Any, help: str, *, name: str | None = None, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field with its command-line help. `name` is the flag without dashes; default: the field's own."""
-    metadata = {"help": help, "name": name, "choices": tuple(choices) if choices else None}
-    return dataclasses.field(default=default, metadata=metadata)
+def flag(default: Any, help: str) -> Any:
+    """A dataclass field with its command-line help. A Literal type lists the values that the flag takes."""
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 def group(cls: type[Any]) -> Any:
@@ -50,8 +49,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
                 option, dest=field.name, action=argparse.BooleanOptionalAction, default=None, help=help_text
             )
         else:
-            metavar = None if field.metadata["choices"] else _metavar(kind)
-            parser.add_argument(option, dest=field.name, default=None, help=help_text, metavar=metavar)
+            parser.add_argument(option, dest=field.name, default=None, help=help_text, metavar=_metavar(kind))
 
 
 def build(config: type[T], arguments: argparse.Namespace, environ: Mapping[str, str]) -> T:
@@ -66,7 +64,7 @@ def build(config: type[T], arguments: argparse.Namespace, environ: Mapping[str, 
         if raw is None:
             raw, source = environ.get(_env_name(field)), _env_name(field)
         if raw is not None:
-            values[field.name] = raw if isinstance(raw, bool) else _parse(kind, raw, source, field.metadata["choices"])
+            values[field.name] = raw if isinstance(raw, bool) else _parse(kind, raw, source)
     try:
         return config(**values)
     except ValueError as error:
@@ -84,11 +82,15 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _parse(kind: Any, raw: str, source: str, choices: Sequence[str] | None) -> Any:
-    if choices and raw not in choices:
-        raise ConfigError(f"{source}: {raw!r} is not one of {', '.join(choices)}")
+def _parse(kind: Any, raw: str, source: str) -> Any:
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if raw not in choices:
+            raise ConfigError(f"{source}: {raw!r} is not one of {', '.join(choices)}")
+        return raw
     try:
-        return _PARSERS.get(kind, kind)(raw)
+        parse: Callable[[str], Any] = _PARSERS.get(kind, kind)
+        return parse(raw)
     except ValueError as error:
         raise ConfigError(f"{source}: {raw!r} is not {_metavar(kind).lower()}: {error}") from error
 
@@ -104,7 +106,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {bool: _parse_bool, Path: lambda raw
 
 
 def _flag_name(field: dataclasses.Field[Any]) -> str:
-    return str(field.metadata["name"] or field.name.replace("_", "-"))
+    return field.name.replace("_", "-")
 
 
 def _env_name(field: dataclasses.Field[Any]) -> str:
@@ -112,6 +114,8 @@ def _env_name(field: dataclasses.Field[Any]) -> str:
 
 
 def _metavar(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "|".join(typing.get_args(kind))
     return {int: "INTEGER", float: "NUMBER", Path: "PATH", bool: "BOOLEAN"}.get(kind, "TEXT")
 
 

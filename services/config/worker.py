@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from services.config.common import EtcdFlags, LogFlags, TlsFlags
 from services.config.flags import flag, group
@@ -19,12 +19,12 @@ class WorkerConfig:
 
     model_path: str = flag("", "a known small model (smollm2), a folder, or a hub id")
     served_model_name: str = flag("", "the name that clients use; default: the last part of --model-path")
-    device: str = flag("cuda", "cuda or cpu", choices=("cuda", "cpu"))
-    engine: str = flag("sglang", "inference engine", choices=("sglang",))
+    device: Literal["cuda", "cpu"] = flag("cuda", "where the engine runs")
+    engine: Literal["sglang"] = flag("sglang", "inference engine")
     page_size: int | None = flag(
         None, "tokens per KV page; both roles must agree; default: 16 on a CPU, SGLang's own on a GPU"
     )
-    disaggregation_transfer_backend: str = flag("nixl", "how KV caches move between the GPUs", choices=("nixl",))
+    disaggregation_transfer_backend: Literal["nixl"] = flag("nixl", "how KV caches move between the GPUs")
     disaggregation_bootstrap_port: int = flag(12345, "port of SGLang's bootstrap server (prefill)")
 
     host: str = flag("127.0.0.1", "address that all servers of this process bind")

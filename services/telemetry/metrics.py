@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from prometheus_client import Counter, Gauge, Histogram
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -23,3 +25,10 @@ TIME_TO_FIRST_TOKEN_SECONDS = Histogram(
     "kvbaton_time_to_first_token_seconds", "Received until the first token.", ["model"], buckets=_SECONDS
 )
 ROUTABLE_WORKERS = Gauge("kvbaton_routable_workers", "Workers that requests can be sent to.", ["role"])
+
+EVENT_LOOP_TASKS = Gauge("kvbaton_event_loop_tasks", "Tasks of the process's event loop; flat when nothing leaks.")
+
+
+def watch_event_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """From now on `kvbaton_event_loop_tasks` counts this loop's tasks, when it is read."""
+    EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
