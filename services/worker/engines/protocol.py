@@ -1,0 +1,173 @@
+"""What an inference engine is to a worker: the `Engine` protocol and the values that cross it.
+
+Two implementations: `sglang` and, for scale and faults, `simulated`. Nothing of SGLang, torch or protobuf crosses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from services.requests import Role, Room, Sampling
+
+__all__ = ["Role", "Room", "Sampling"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One leg of one attempt.
+
+    `engine_id` is 32 hex digits and never used twice: SGLang matches aborts by prefix. `room` is set for both legs of a
+    disaggregated request and None for an aggregated one. `trace_headers` are W3C trace-context headers.
+    """
+
+    engine_id: str
+    token_ids: list[int]
+    sampling: Sampling
+    room: Room | None = None
+    dp_rank: int | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Finish(StrEnum):
+    """Why an engine ended a request."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    # By `abort`, by one of the engine's own time-outs or because a transfer failed: `EngineFinish.message` says which.
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFinish:
+    """The end of one request as the engine sees it. `status` is the HTTP-like status of an abort, 0 if none."""
+
+    reason: Finish
+    matched_token_id: int | None = None
+    message: str = ""
+    status: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDelta:
+    """New tokens of one request; `finish` is set on the last delta and on no other."""
+
+    token_ids: list[int]
+    finish: EngineFinish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine turned out to be once it is built. Sizes in tokens unless the name says otherwise."""
+
+    engine: str
+    engine_version: str
+    torch_version: str
+    nixl_version: str
+    page_size: int
+    max_total_tokens: int
+    max_running_requests: int
+    max_batched_tokens: int
+    max_prompt_tokens: int
+    context_length: int
+    vocab_size: int
+    tp_size: int
+    pp_size: int
+    dp_size: int
+    kv_cache_dtype: str
+    # Over all layers of one tp rank; 0 when unknown.
+    kv_bytes_per_token: int
+    transfer_backend: str
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    seeded_sampling: bool
+    tool_call_parser: str = ""
+    reasoning_parser: str = ""
+
+    @property
+    def total_kv_pages(self) -> int:
+        """Pages of the KV pool, rounded down as SGLang itself allocates them."""
+        return self.max_total_tokens // self.page_size
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Load of one data-parallel rank."""
+
+    dp_rank: int
+    running_requests: int
+    waiting_requests: int
+    used_tokens: int
+    total_tokens: int
+    # Unix seconds at which the scheduler reported this; 0.0 when unknown. An idle scheduler may report seldom.
+    reported_at: float = 0.0
+
+
+class EngineDeadError(Exception):
+    """The engine's scheduler is gone; the worker must withdraw and end."""
+
+
+class EngineRefusedError(Exception):
+    """The engine refused a request before running it (its own validation); the message is the engine's."""
+
+
+class Engine(Protocol):
+    """One model on its devices, in one role.
+
+    Life: `start` once, in the main thread, before anything else; then any number of calls from one event loop; then
+    `shutdown`. Everything except `start` and `shutdown` is called in that event loop.
+    """
+
+    def start(self) -> None:
+        """Loads the model and blocks until the engine can take requests; minutes for a large model.
+
+        Raises RuntimeError with the cause when it can't. SGLang kills the whole process instead on some failures.
+        """
+        ...
+
+    async def attach(self) -> None:
+        """Binds the engine to the running event loop; called once, before the first request."""
+        ...
+
+    def info(self) -> EngineInfo:
+        """What was built. Valid after `start`."""
+        ...
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
+        """Runs one leg; the iterator ends after the delta with `finish`.
+
+        A prefill engine answers with exactly one token. Closing the iterator early does not abort: call `abort`.
+        Raises EngineRefusedError when the engine's validation refuses the request, EngineDeadError when it dies.
+        """
+        ...
+
+    async def abort(self, engine_id: str) -> None:
+        """Ends a running request; its iterator ends with Finish.ABORT within seconds, whatever the engine does.
+
+        Returns at once. An abort that comes before the engine knows the request is not lost; unknown ids are ignored.
+        """
+        ...
+
+    async def loads(self) -> list[EngineLoad]:
+        """Load of each data-parallel rank, as the scheduler reports it. Raises TimeoutError, EngineDeadError."""
+        ...
+
+    async def probe(self, dp_rank: int = 0) -> None:
+        """One real one-token generation on that rank; in a prefill or decode role it moves no KV cache.
+
+        Raises EngineDeadError, or RuntimeError with what came back instead of a token.
+        """
+        ...
+
+    async def wait_dead(self) -> str:
+        """Returns the cause when the engine's scheduler has died; never before."""
+        ...
+
+    def shutdown(self) -> None:
+        """Ends the engine's child processes and deletes its temporary files. Idempotent; callable from any thread."""
+        ...

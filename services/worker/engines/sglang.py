@@ -1,0 +1,314 @@
+"""SGLang behind the `Engine` protocol: built in the main thread, used from the serving thread's event loop.
+
+SGLang's own processes are children of this one: a scheduler per rank and a detokenizer. What they say comes back over
+its tokenizer manager, which lives in the event loop that `attach` is called in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import psutil
+import structlog
+
+from services.worker.engines import sglang_compat as compat
+from services.worker.engines.protocol import (
+    EngineDeadError,
+    EngineDelta,
+    EngineInfo,
+    EngineLoad,
+    EngineRefusedError,
+    EngineRequest,
+    Room,
+    Sampling,
+)
+from services.worker.engines.sglang_cpu_child import run_scheduler
+from services.worker.engines.sglang_death import DeathWatch, take_sigquit
+from services.worker.engines.sglang_introspect import engine_info
+from services.worker.engines.sglang_launch import (
+    SglangOptions,
+    apply_environment,
+    default_fields,
+    forced_fields,
+    make_tmp_dir,
+    prepare_import_path,
+    require_free_port,
+)
+from services.worker.engines.sglang_logging import write_logging_config
+from services.worker.engines.sglang_stream import Chunk, LiveRequest, call_arguments, check_request
+
+__all__ = ["SglangEngine", "SglangOptions"]
+
+# SGLang's bootstrap host for requests that pretend to have a peer (FAKE_BOOTSTRAP_HOST); they move no KV cache.
+_FAKE_PEER = "2.2.2.2"
+_FIRST_SNAPSHOT_TIMEOUT_S = 10.0
+_LOADS_TIMEOUT_S = 1.0
+_ABORT_RETRY_S = 0.01
+_KILL_TIMEOUT_S = 30.0
+
+_log = structlog.get_logger(__name__)
+
+
+class SglangEngine:
+    """See `protocol.Engine`. One per process, because SGLang keeps its configuration in globals."""
+
+    def __init__(self, options: SglangOptions) -> None:
+        self._options = options
+        self._death = DeathWatch()
+        self._live: dict[str, LiveRequest] = {}
+        self._pumps: dict[str, asyncio.Task[None]] = {}
+        self._sglang: Any = None
+        self._outputs: asyncio.Task[None] | None = None
+        self._dead: asyncio.Future[str] | None = None
+        self._info: EngineInfo | None = None
+        self._tmp_dir: Path | None = None
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def start(self) -> None:
+        """See the protocol. Takes SIGQUIT of this process, for good."""
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("an SGLang engine has to be built in the main thread")
+        options = self._options
+        prepare_import_path(options.device)
+        if options.role.value == "prefill":
+            require_free_port(options.bootstrap_host, options.bootstrap_port)
+        self._tmp_dir = make_tmp_dir(options.tmp_root)
+        apply_environment(options, self._tmp_dir, os.environ)
+        # Its first start would unblock SIGTERM and SIGINT in the thread that builds.
+        resource_tracker.ensure_running()
+        take_sigquit(self._death)
+        self._death.launching = True
+        try:
+            self._sglang = self._build(self._tmp_dir)
+            self._death.launching = False
+            self._after_launch()
+        except Exception as error:
+            self._death.launching = False
+            self.shutdown()
+            raise RuntimeError(f"SGLang could not be started: {error}") from error
+
+    async def attach(self) -> None:
+        """See the protocol."""
+        loop = asyncio.get_running_loop()
+        self._dead = loop.create_future()
+        self._outputs = loop.create_task(self._handle_outputs(), name="sglang-outputs")
+
+        def tell(cause: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(self._end_everything, cause)
+
+        self._death.listen(tell)
+
+    def info(self) -> EngineInfo:
+        """See the protocol."""
+        if self._info is None:
+            raise RuntimeError("the engine is not started")
+        return self._info
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
+        """See the protocol. The request is live from this call on, so an abort can't come too early for it."""
+        live = LiveRequest(request.engine_id, len(request.token_ids))
+        try:
+            self._raise_if_dead()
+            if request.engine_id in self._live:
+                raise EngineRefusedError(f"engine id {request.engine_id} is in use")
+            check_request(request, self.info().vocab_size, seeded=self.info().seeded_sampling)
+        except (EngineDeadError, EngineRefusedError) as error:
+            live.fail(error)
+        else:
+            self._submit(live, request)
+        return live.deltas()
+
+    async def abort(self, engine_id: str) -> None:
+        """See the protocol. Also for a request whose iterator was dropped."""
+        live = self._live.get(engine_id)
+        if live is None or live.aborting:
+            return
+        live.aborting = True
+        asyncio.get_running_loop().call_later(
+            self._options.abort_timeout_s,
+            live.end_aborted,
+            f"aborted; the engine did not confirm it within {self._options.abort_timeout_s:g} s",
+        )
+        self._send_abort(live)
+
+    async def loads(self) -> list[EngineLoad]:
+        """See the protocol. Reads shared memory that the schedulers write after each batch and when they fall idle.
+
+        In a thread: the file is locked while it is read, and a frozen scheduler might hold the lock.
+        """
+        self._raise_if_dead()
+        reader: Any = self._sglang.tokenizer_manager.load_snapshot_reader
+        snapshots: Sequence[Any] = await asyncio.wait_for(asyncio.to_thread(reader.read_all), _LOADS_TIMEOUT_S)
+        return [compat.load_of(snapshot) for snapshot in snapshots]
+
+    async def probe(self, dp_rank: int = 0) -> None:
+        """See the protocol. In a prefill or decode role it proves the scheduler and not the transfer."""
+        request = EngineRequest(
+            engine_id=uuid.uuid4().hex,
+            token_ids=[0],
+            sampling=Sampling(max_new_tokens=1, temperature=0.0),
+            room=Room(_FAKE_PEER, self._options.bootstrap_port, 0) if self._options.disaggregated else None,
+            dp_rank=dp_rank,
+        )
+        tokens: list[int] = []
+        ending = "nothing"
+        try:
+            async with asyncio.timeout(self._options.probe_timeout_s):
+                async for delta in self.generate(request):
+                    tokens += delta.token_ids
+                    if delta.finish is not None:
+                        ending = f"{delta.finish.reason} {delta.finish.message}".strip()
+        except TimeoutError:
+            await self.abort(request.engine_id)
+            raise RuntimeError(f"no token within {self._options.probe_timeout_s:g} s") from None
+        except EngineRefusedError as error:
+            raise RuntimeError(f"the probe was refused: {error}") from error
+        if len(tokens) != 1:
+            raise RuntimeError(f"the probe got {len(tokens)} tokens and then {ending}")
+
+    async def wait_dead(self) -> str:
+        """See the protocol."""
+        if self._dead is None:
+            raise RuntimeError("the engine is not attached")
+        return await asyncio.shield(self._dead)
+
+    def shutdown(self) -> None:
+        """See the protocol. Kills every child of this process; during `start`, from another thread, those too."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self._death.launching = False
+            self._death.declare("the engine was shut down")
+            leftovers = [self._tmp_dir] if self._tmp_dir else []
+            if self._sglang is not None:
+                if snapshots := compat.snapshot_file(self._sglang.tokenizer_manager):
+                    leftovers.append(Path(snapshots))
+                try:
+                    self._sglang.shutdown()
+                except Exception as error:  # noqa: BLE001 - what it leaves is swept up below
+                    _log.warning("sglang_shutdown_failed", error=str(error))
+            _kill_children()
+            for leftover in leftovers:
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
+
+    def _build(self, tmp_dir: Path) -> Any:
+        options = self._options
+        server_args = compat.build_server_args(
+            compat.server_args_class(),
+            options.native_args,
+            defaults=default_fields(options),
+            forced=forced_fields(options),
+        )
+        write_logging_config(str(server_args.log_level), tmp_dir, os.environ)
+        engine: Any = compat.engine_class()
+        if options.device == "cpu":
+            engine = type("CpuEngine", (engine,), {"run_scheduler_process_func": staticmethod(run_scheduler)})
+        return engine(server_args=server_args)
+
+    def _after_launch(self) -> None:
+        sglang = self._sglang
+        if sglang.tokenizer_manager is None:
+            raise RuntimeError("only node rank 0 of a multi-node engine serves requests")
+        # Ours, ahead of multiprocessing's own handler, which waits for the children for ever.
+        atexit.unregister(sglang.shutdown)
+        atexit.register(self.shutdown)
+        take_sigquit(self._death)
+        self._death.watch(sglang.get_all_child_pids())
+        self._info = engine_info(
+            sglang,
+            scheduler_info=sglang._scheduler_init_result.scheduler_infos[0],  # noqa: SLF001
+            max_running_requests=self._max_running_requests(),
+            seeds_always=self._options.device == "cpu",
+        )
+
+    def _max_running_requests(self) -> int:
+        """Per rank, from the schedulers' first load snapshot: SGLang derives it from the memory that is left."""
+        reader: Any = self._sglang.tokenizer_manager.load_snapshot_reader
+        deadline = time.monotonic() + _FIRST_SNAPSHOT_TIMEOUT_S
+        while time.monotonic() < deadline and self._death.cause is None:
+            for snapshot in reader.read_all():
+                if snapshot.max_running_requests > 0:
+                    return int(snapshot.max_running_requests)
+            time.sleep(0.02)
+        raise RuntimeError(self._death.cause or "the scheduler reported no load after it was ready")
+
+    def _submit(self, live: LiveRequest, request: EngineRequest) -> None:
+        arguments = call_arguments(request, seeded=self.info().seeded_sampling)
+
+        async def open_stream() -> AsyncIterator[Chunk]:
+            return await self._sglang.async_generate(**arguments)
+
+        def forget(_pump: asyncio.Task[None]) -> None:
+            self._live.pop(live.engine_id, None)
+            self._pumps.pop(live.engine_id, None)
+
+        self._live[live.engine_id] = live
+        pump = asyncio.get_running_loop().create_task(live.pump(open_stream), name=f"sglang-{live.engine_id}")
+        self._pumps[live.engine_id] = pump
+        pump.add_done_callback(forget)
+
+    def _send_abort(self, live: LiveRequest) -> None:
+        """Abort in the scheduler, as soon as it knows the request."""
+        if live.engine_id not in self._pumps:
+            return
+        manager = self._sglang.tokenizer_manager
+        if compat.is_dispatched(manager, live.engine_id):
+            manager.abort_request(live.engine_id)
+        elif not live.done:
+            asyncio.get_running_loop().call_later(_ABORT_RETRY_S, self._send_abort, live)
+
+    async def _handle_outputs(self) -> None:
+        try:
+            await compat.handle_outputs(self._sglang.tokenizer_manager)
+        except Exception as error:  # noqa: BLE001 - whatever it was, no request can end any more
+            _log.exception("sglang_output_loop_failed")
+            self._death.declare(f"SGLang's output loop failed: {error}")
+
+    def _end_everything(self, cause: str) -> None:
+        """The engine is dead: end every request and tell `wait_dead`. In the loop."""
+        if self._dead is not None and not self._dead.done():
+            self._dead.set_result(cause)
+        for live in list(self._live.values()):
+            live.fail(EngineDeadError(cause))
+        for task in [*self._pumps.values(), *([self._outputs] if self._outputs else [])]:
+            task.cancel()
+
+    def _raise_if_dead(self) -> None:
+        if self._death.cause is not None:
+            raise EngineDeadError(self._death.cause)
+
+
+def _kill_children() -> None:
+    """SIGKILL this process's descendants until there are none: a launch in another thread may still be adding some."""
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
+    while (children := _running_children()) and time.monotonic() < deadline:
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=1.0)
+
+
+def _running_children() -> list[psutil.Process]:
+    def runs(process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    return [child for child in psutil.Process().children(recursive=True) if runs(child)]

@@ -1,0 +1,104 @@
+"""What Baton changes inside the scheduler processes of a CPU engine before they start.
+
+`run_scheduler` is what SGLang spawns in place of its own entry point (`Engine.run_scheduler_process_func`, which exists
+to be replaced). Unlike an `sglang.srt.plugins` entry point, whose failing import SGLang only logs, a failure here ends
+the launch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# SGLang's progress thread for NIXL spins a whole core with its default of 0.
+_NIXL_PROGRESS_DELAY_US = 1000
+
+
+def run_scheduler(*args: Any, **kwargs: Any) -> None:
+    """SGLang's `run_scheduler_process` with the changes of this module. Runs in a spawned child."""
+    scheduler: Any = import_module("sglang.srt.managers.scheduler")
+    register_kv_cache_as_host_memory()
+    seed_every_request()
+    scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def register_kv_cache_as_host_memory() -> None:
+    """Make SGLang's NIXL connector say DRAM where it hard-codes VRAM, and let its progress thread sleep."""
+    try:
+        api: Any = import_module("nixl._api")
+    except ImportError:
+        return  # an aggregated worker needs no NIXL
+    agent: Any = api.nixl_agent
+
+    def host(kind: str | None) -> str | None:
+        return "DRAM" if kind == "VRAM" else kind
+
+    class HostAgent(agent):
+        def register_memory(self, reg_list: Any, mem_type: str | None = None, *args: Any, **kwargs: Any) -> Any:
+            return super().register_memory(reg_list, host(mem_type), *args, **kwargs)
+
+        def get_xfer_descs(self, descs: Any, mem_type: str | None = None, *args: Any, **kwargs: Any) -> Any:
+            return super().get_xfer_descs(descs, host(mem_type), *args, **kwargs)
+
+        def prep_xfer_dlist(
+            self, agent_name: str, xfer_list: Any, mem_type: str | None = None, *args: Any, **kwargs: Any
+        ) -> Any:
+            return super().prep_xfer_dlist(agent_name, xfer_list, host(mem_type), *args, **kwargs)
+
+    native_agent = api.nixlBind.nixlAgent
+
+    def sleepy_agent(name: str, config: Any) -> Any:
+        config.pthrDelay = _NIXL_PROGRESS_DELAY_US
+        return native_agent(name, config)
+
+    api.nixl_agent = HostAgent
+    api.nixlBind.nixlAgent = sleepy_agent
+
+
+def seed_every_request() -> None:
+    """Sample each request from its own `sampling_seed` and the token's position, as deterministic inference does.
+
+    SGLang carries the seeds to the sampler only with `--enable-deterministic-inference`, which needs CUDA kernels. The
+    sampler itself (`multinomial_with_seed`) works on a CPU, so the seeds are put into every batch here. The host sends
+    a seed with every request, a random one where the client asks for none.
+    """
+    torch: Any = import_module("torch")
+    batch_info: Any = import_module("sglang.srt.sampling.sampling_batch_info").SamplingBatchInfo
+    build = batch_info.from_schedule_batch.__func__
+
+    def from_schedule_batch(cls: Any, batch: Any, vocab_size: int) -> Any:
+        info = build(cls, batch, vocab_size)
+        if info.sampling_seed is None:
+            seeds = [req.sampling_params.sampling_seed or 0 for req in batch.reqs]
+            info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=info.temperatures.device)
+        return info
+
+    batch_info.from_schedule_batch = classmethod(from_schedule_batch)
+    _allow_min_p_with_seeds()
+
+
+def _allow_min_p_with_seeds() -> None:
+    """Apply min_p ahead of SGLang's seeded sampler, which asserts that there is none.
+
+    min_p, top_k and top_p each drop the least likely tokens, so their order doesn't matter.
+    """
+    sampler: Any = import_module("sglang.srt.layers.sampler")
+    sample = sampler.top_k_top_p_min_p_sampling_from_probs_torch
+
+    def with_min_p_first(
+        probs: Any,
+        top_ks: Any,
+        top_ps: Any,
+        min_ps: Any,
+        need_min_p_sampling: bool,
+        sampling_seed: Any,
+        positions: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if need_min_p_sampling and sampling_seed is not None:
+            threshold = probs.amax(dim=-1, keepdim=True) * min_ps.view(-1, 1)
+            probs = probs.masked_fill(probs < threshold, 0.0)
+            need_min_p_sampling = False
+        return sample(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, **kwargs)
+
+    sampler.top_k_top_p_min_p_sampling_from_probs_torch = with_min_p_first

@@ -1,0 +1,194 @@
+"""How an SGLang engine is launched: options, arguments, environment, temporary folder, stand-ins."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from services.worker.engines.protocol import Role
+from services.worker.engines.sglang_death import on_sigquit
+
+CPU_STANDINS = Path(__file__).parent / "cpu_standins"
+
+# sockaddr_un holds 107 bytes; SGLang adds "/tmpxxxxxxxx" to the folder.
+_IPC_PATH_LIMIT = 107
+_IPC_NAME_LENGTH = len("/tmp12345678")
+
+
+@dataclass(frozen=True, slots=True)
+class SglangOptions:
+    """What one SGLang engine is started with. Times in seconds."""
+
+    role: Role
+    model_path: str
+    served_model_name: str
+    device: Literal["cpu", "cuda"] = "cuda"
+
+    bootstrap_host: str = "127.0.0.1"
+    """Address that prefill's bootstrap server binds and that its own schedulers register at."""
+
+    bootstrap_port: int = 12345
+
+    transfer_host: str = ""
+    """Address at which the other leg reaches this worker's schedulers; empty: SGLang picks the first interface."""
+
+    transfer_backend: str = "nixl"
+
+    page_size: int | None = None
+    """Tokens per KV page; None: 16 on a CPU, SGLang's own choice on a GPU."""
+
+    native_args: tuple[str, ...] = ()
+    """SGLang's own flags, parsed by SGLang's own parser."""
+
+    backstop_timeout_s: float = 120.0
+    """When SGLang itself gives up a hand-shake or a transfer; longer than every deadline of ours."""
+
+    abort_timeout_s: float = 5.0
+    """How long an aborted request may take to end; its iterator ends then whatever the engine does."""
+
+    probe_timeout_s: float = 30.0
+
+    log_level: str = "warning"
+    """SGLang's own; `--log-level` among the native arguments wins."""
+
+    tmp_root: Path = Path("/tmp")
+    """Where the engine's private temporary folder is made; short, because socket paths are."""
+
+    @property
+    def disaggregated(self) -> bool:
+        """True for a prefill or a decode engine."""
+        return self.role is not Role.AGGREGATED
+
+
+def forced_fields(options: SglangOptions) -> dict[str, Any]:
+    """Fields of SGLang's `ServerArgs` that Baton decides; passing them through is refused."""
+    fields: dict[str, Any] = {
+        "model_path": options.model_path,
+        "served_model_name": options.served_model_name,
+        "device": options.device,
+        "skip_tokenizer_init": True,
+        "incremental_streaming_output": True,
+        "custom_sigquit_handler": on_sigquit,
+    }
+    if options.page_size is not None:
+        fields["page_size"] = options.page_size
+    if options.disaggregated:
+        fields["disaggregation_mode"] = options.role.value
+        fields["disaggregation_transfer_backend"] = options.transfer_backend
+    else:
+        fields["disaggregation_mode"] = "null"
+    if options.role is Role.PREFILL:
+        fields["host"] = options.bootstrap_host
+        fields["disaggregation_bootstrap_port"] = options.bootstrap_port
+    return fields
+
+
+def default_fields(options: SglangOptions) -> dict[str, Any]:
+    """Fields that Baton sets where SGLang's own default doesn't fit; passed-through flags win."""
+    fields: dict[str, Any] = {"log_level": options.log_level}
+    if options.device != "cpu":
+        return fields
+    fields |= {
+        "attention_backend": "torch_native",
+        "grammar_backend": "none",
+        "dtype": "float32",
+        "page_size": 16,
+        # 755 MB for SmolLM2-135M in float32.
+        "max_total_tokens": 16384,
+        "mem_fraction_static": 0.3,
+        "sleep_on_idle": True,
+    }
+    if options.disaggregated:
+        # The overlap scheduler of these roles makes CUDA events.
+        fields["disable_overlap_schedule"] = True
+        fields["disaggregation_decode_retraction_backup"] = "cpu_tensor"
+    return fields
+
+
+def environment(options: SglangOptions, tmp_dir: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Variables that SGLang, NIXL and UCX read, for this process and its children. `inherited` wins where it may."""
+    backstop = str(max(1, int(options.backstop_timeout_s)))
+    forced = {
+        "TMPDIR": str(tmp_dir),
+        # A dead scheduler must not cost 5 s of stack dumps before the host hears of it.
+        "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+        "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": backstop,
+        "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": backstop,
+    }
+    defaults = {
+        # SGLang's shortest: a replaced prefill is forgotten after one missed heartbeat.
+        "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2.0",
+        "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "1",
+        # These caches follow TMPDIR and are to outlive this process.
+        "TORCHINDUCTOR_CACHE_DIR": str(
+            Path(inherited.get("TMPDIR") or options.tmp_root) / f"torchinductor_{getpass.getuser()}"
+        ),
+    }
+    if Path(options.model_path).exists():
+        defaults["HF_HUB_OFFLINE"] = "1"
+    if options.transfer_host:
+        forced["SGLANG_HOST_IP"] = options.transfer_host
+    if options.device == "cpu":
+        forced["SGLANG_USE_CPU_ENGINE"] = "1"
+        # UCX hooks mmap for GPU memory; without them an agent starts in 20 ms instead of 420.
+        defaults["UCX_MEM_MMAP_HOOK_MODE"] = "none"
+        rest = inherited.get("PYTHONPATH", "").split(os.pathsep)
+        forced["PYTHONPATH"] = os.pathsep.join([str(CPU_STANDINS), *(part for part in rest if part)])
+    return {**{name: value for name, value in defaults.items() if name not in inherited}, **forced}
+
+
+def apply_environment(options: SglangOptions, tmp_dir: Path, target: MutableMapping[str, str]) -> None:
+    """Set `environment` in `target` and make this process use the temporary folder from now on."""
+    target.update(environment(options, tmp_dir, dict(target)))
+    tempfile.tempdir = None
+
+
+def prepare_import_path(device: Literal["cpu", "cuda"]) -> None:
+    """Put the stand-ins on `sys.path` for a CPU engine. Raises RuntimeError where a GPU engine could import them."""
+    if device == "cpu":
+        if str(CPU_STANDINS) not in sys.path:
+            sys.path.insert(0, str(CPU_STANDINS))
+        return
+    for name in ("sgl_kernel", "torchvision"):
+        module = sys.modules.get(name)
+        origin = getattr(module, "__file__", None) if module else getattr(find_spec(name), "origin", None)
+        if origin is not None and Path(origin).resolve().is_relative_to(CPU_STANDINS.resolve()):
+            raise RuntimeError(
+                f"{name} would be imported from {CPU_STANDINS}, the stand-ins for machines without a GPU: "
+                "take that folder off PYTHONPATH and sys.path before starting an engine on cuda"
+            )
+
+
+def make_tmp_dir(root: Path) -> Path:
+    """A private folder short enough for SGLang's sockets. Raises RuntimeError."""
+    folder = Path(tempfile.mkdtemp(prefix="kvb-", dir=root))
+    length = len(os.fsencode(folder)) + _IPC_NAME_LENGTH
+    if length > _IPC_PATH_LIMIT:
+        folder.rmdir()
+        raise RuntimeError(f"{root} is too long for socket paths ({length} of {_IPC_PATH_LIMIT} bytes)")
+    return folder
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise RuntimeError when nothing can bind there.
+
+    SGLang's bootstrap server only logs that its port is taken, and its schedulers then register at whoever has it.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = "is taken" if error.errno == errno.EADDRINUSE else f"can't be bound: {error.strerror}"
+            raise RuntimeError(f"the bootstrap address {host}:{port} {reason}") from error

@@ -1,0 +1,181 @@
+"""One request inside SGLang: what it is sent as, its chunks as deltas, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from services.worker.engines.protocol import (
+    EngineDelta,
+    EngineFinish,
+    EngineRefusedError,
+    EngineRequest,
+    Finish,
+    Sampling,
+)
+
+Chunk = Mapping[str, Any]
+
+_SEED_RANGE = range(-(2**63), 2**63)
+_BAD_REQUEST = 400
+
+
+def check_request(request: EngineRequest, vocab_size: int, *, seeded: bool) -> None:
+    """Raise EngineRefusedError for what SGLang doesn't check and what would end its scheduler process."""
+    tokens, sampling = request.token_ids, request.sampling
+    if not tokens:
+        raise EngineRefusedError("the prompt is empty")
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        raise EngineRefusedError(f"the prompt has token ids outside [0, {vocab_size})")
+    if any(not 0 <= token < vocab_size for token in sampling.stop_token_ids):
+        raise EngineRefusedError(f"stop_token_ids are outside [0, {vocab_size})")
+    if sampling.max_new_tokens < 1:
+        raise EngineRefusedError("max_new_tokens must be at least 1")
+    if sampling.seed is not None:
+        if not seeded:
+            raise EngineRefusedError("this engine takes no seed: start it with --enable-deterministic-inference")
+        if sampling.seed not in _SEED_RANGE:
+            raise EngineRefusedError("seed must fit into 64 bits with a sign")
+
+
+def sampling_params(sampling: Sampling, *, seeded: bool) -> dict[str, Any]:
+    """SGLang's sampling parameters, complete: what is left out takes SGLang's defaults, not the model's or ours.
+
+    An engine that samples from seeds gets one with every request: SGLang gives all others the same.
+    """
+    params: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "min_new_tokens": _min_new_tokens(sampling),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "ignore_eos": sampling.ignore_eos,
+        "stop_token_ids": list(sampling.stop_token_ids),
+    }
+    if seeded:
+        params["sampling_seed"] = secrets.randbits(63) if sampling.seed is None else sampling.seed
+    return params
+
+
+def _min_new_tokens(sampling: Sampling) -> int:
+    """SGLang refuses a minimum without its tokenizer; where nothing can stop a request early it needs none."""
+    return 0 if sampling.ignore_eos and not sampling.stop_token_ids else sampling.min_new_tokens
+
+
+def call_arguments(request: EngineRequest, *, seeded: bool) -> dict[str, Any]:
+    """Keyword arguments of `sglang.Engine.async_generate`."""
+    arguments: dict[str, Any] = {
+        "input_ids": request.token_ids,
+        "sampling_params": sampling_params(request.sampling, seeded=seeded),
+        "stream": True,
+        "rid": request.engine_id,
+        "routed_dp_rank": request.dp_rank,
+        "external_trace_header": dict(request.trace_headers) or None,
+    }
+    if request.room is not None:
+        arguments["bootstrap_host"] = request.room.host
+        arguments["bootstrap_port"] = request.room.port
+        arguments["bootstrap_room"] = request.room.room
+    return arguments
+
+
+class LiveRequest:
+    """A request from its submission to its end: fed by a pump task, read by one iterator.
+
+    The pump goes on when the iterator is dropped, because ending SGLang's generator early aborts the request, and
+    whether a request may be aborted is the caller's decision.
+    """
+
+    def __init__(self, engine_id: str, prompt_tokens: int) -> None:
+        self.engine_id = engine_id
+        self.aborting = False
+        self.done = False
+        self._prompt_tokens = prompt_tokens
+        self._delivered = 0
+        self._output: asyncio.Queue[EngineDelta | Exception] = asyncio.Queue()
+
+    async def pump(self, open_stream: Callable[[], Awaitable[AsyncIterator[Chunk]]]) -> None:
+        """Read SGLang's stream to its end. Never raises: what goes wrong is put before the iterator."""
+        try:
+            if self.aborting:
+                self.end_aborted("aborted before it reached the engine")
+                return
+            async for chunk in await open_stream():
+                self._take(chunk)
+            self.end_aborted("the engine's stream ended without a reason")
+        except ValueError as error:
+            if self.aborting:
+                self.end_aborted(str(error))  # 0.5.17 ends a call this way when it is aborted early
+            else:
+                self.fail(EngineRefusedError(str(error)))
+        except Exception as error:  # noqa: BLE001 - the iterator raises it
+            self.fail(error)
+
+    def end_aborted(self, message: str) -> None:
+        """End as aborted, unless it has ended."""
+        finish = EngineFinish(
+            Finish.ABORT,
+            message=message,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._delivered,
+        )
+        self._put(EngineDelta([], finish))
+
+    def fail(self, error: Exception) -> None:
+        """End with an exception, unless it has ended."""
+        self._put(error)
+
+    async def deltas(self) -> AsyncIterator[EngineDelta]:
+        """The request's deltas; ends after the one with `finish`, or raises what it failed with."""
+        while True:
+            item = await self._output.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if item.finish is not None:
+                return
+
+    def _take(self, chunk: Chunk) -> None:
+        if self.done:
+            return
+        meta: Mapping[str, Any] = chunk["meta_info"]
+        tokens: Sequence[int] = chunk.get("output_ids") or ()
+        reason: Mapping[str, Any] | None = meta.get("finish_reason")
+        if reason is None:
+            if tokens:
+                self._delivered += len(tokens)
+                self._put(EngineDelta(list(tokens)))
+            return
+        if reason["type"] == "abort":
+            # SGLang repeats the last token in the chunk of some aborts.
+            tokens = tokens[: max(0, int(meta.get("completion_tokens", 0)) - self._delivered)]
+            if reason.get("status_code") == _BAD_REQUEST and not self._delivered and not tokens:
+                self.fail(EngineRefusedError(str(reason.get("message", "refused by the scheduler"))))
+                return
+        self._delivered += len(tokens)
+        self._put(EngineDelta(list(tokens), self._finish(reason, meta)))
+
+    def _finish(self, reason: Mapping[str, Any], meta: Mapping[str, Any]) -> EngineFinish:
+        kind = Finish(reason["type"])
+        matched = reason.get("matched")
+        return EngineFinish(
+            kind,
+            matched_token_id=matched if isinstance(matched, int) else None,
+            message=str(reason.get("message") or "") if kind is Finish.ABORT else "",
+            status=int(reason.get("status_code") or 0),
+            prompt_tokens=int(meta.get("prompt_tokens") or self._prompt_tokens),
+            cached_tokens=int(meta.get("cached_tokens") or 0),
+            completion_tokens=self._delivered,
+        )
+
+    def _put(self, item: EngineDelta | Exception) -> None:
+        if self.done:
+            return
+        self.done = isinstance(item, Exception) or item.finish is not None
+        self._output.put_nowait(item)
