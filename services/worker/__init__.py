@@ -1,0 +1,11 @@
+"""What prefill and decode workers share.
+
+- `process`: the process: main thread builds the engine, serving thread runs the event loop, signals end it
+- `host`: from loading to serving to drained, in order
+- `lifecycle`: the worker's state, and everyone who must hear of it
+- `role`: what a role adds (services/prefill, services/decode)
+- `legs`: the requests this worker runs, by id
+- `registration`: the worker's record
+- `servicers/`: the gRPC services
+- `engines/`: the `Engine` protocol and its implementations
+"""

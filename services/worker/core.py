@@ -1,0 +1,78 @@
+"""What a worker's servicers share: the engine once it is there, what it takes, and whether it takes it now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+from kvbaton.errors import Reason, RequestError
+from kvbaton.v1 import model_pb2, worker_pb2
+from services.models.tokenizer_files import TokenizerFile
+from services.requests import Limits, Role
+from services.worker.engines.protocol import Engine, EngineInfo
+from services.worker.legs import LiveLegs
+from services.worker.lifecycle import Lifecycle
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine that is attached to the serving loop, and what is known of it since."""
+
+    engine: Engine
+    info: EngineInfo
+    limits: Limits
+    record: worker_pb2.WorkerRecord
+    model_info: model_pb2.ModelInfo
+    tokenizer_files: tuple[TokenizerFile, ...]
+
+
+class WorkerCore:
+    """Belongs to the serving loop."""
+
+    def __init__(self, role: Role, instance_id: str, incarnation: worker_pb2.Incarnation, lifecycle: Lifecycle) -> None:
+        self.role = role
+        self.instance_id = instance_id
+        self.incarnation = incarnation
+        self.lifecycle = lifecycle
+        self.legs = LiveLegs(role, self._abort_in_engine)
+        self.accepting = False
+        self._loaded: Loaded | None = None
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """None until the engine is attached."""
+        return self._loaded
+
+    def attach(self, loaded: Loaded) -> None:
+        """The engine is there."""
+        self._loaded = loaded
+
+    def require_loaded(self) -> Loaded:
+        """What is loaded, or UNAVAILABLE while there is nothing."""
+        if self._loaded is None:
+            raise self.unavailable(Reason.WORKER_NOT_SERVING)
+        return self._loaded
+
+    def require_accepting(self) -> Loaded:
+        """What is loaded, or UNAVAILABLE when no new request is taken."""
+        if not self.accepting:
+            draining = self.lifecycle.state == worker_pb2.WORKER_STATE_DRAINING
+            raise self.unavailable(Reason.WORKER_DRAINING if draining else Reason.WORKER_NOT_SERVING)
+        return self.require_loaded()
+
+    def unavailable(self, reason: Reason) -> RequestError:
+        """UNAVAILABLE with the worker's state in words."""
+        detail = f" ({self.lifecycle.detail})" if self.lifecycle.detail else ""
+        return RequestError(
+            grpc.StatusCode.UNAVAILABLE,
+            reason,
+            f"{self.role} worker {self.instance_id} is {self.lifecycle.state_name}{detail}",
+            leg=self.role,
+            worker=self.instance_id,
+            retry_after=1.0,
+        )
+
+    async def _abort_in_engine(self, engine_id: str) -> None:
+        if self._loaded is not None:
+            await self._loaded.engine.abort(engine_id)

@@ -1,0 +1,269 @@
+"""A worker from listening to gone: loading, warm-up, proof, record, service, withdrawal, drain.
+
+Runs in the serving loop. The engine is built elsewhere (the process's main thread) and handed in by `engine_built`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import grpc.aio
+import structlog
+
+from kvbaton.v1 import (
+    bootstrap_pb2,
+    bootstrap_pb2_grpc,
+    generate_pb2,
+    generate_pb2_grpc,
+    health_pb2,
+    health_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    worker_pb2,
+)
+from services.config.worker import WorkerConfig
+from services.decode.contract import AggregatedContract, DecodeContract
+from services.grpc_health import SERVICE_NAME as GRPC_HEALTH_NAME
+from services.grpc_health import GrpcHealth
+from services.http_server import HttpServer
+from services.models.tokenizer_files import find_tokenizer_files
+from services.prefill.contract import PrefillContract
+from services.registry.etcd import EtcdClient
+from services.registry.lease import LeaseKeeper
+from services.registry.lookup import find_worker
+from services.registry.publisher import NewerIncarnationError, RecordPublisher
+from services.requests import Limits, Role
+from services.telemetry.metrics import watch_event_loop
+from services.transport import bind, join_host_port, make_channel, make_server
+from services.worker import registration, system_http
+from services.worker.advertise import advertised_host
+from services.worker.core import Loaded, WorkerCore
+from services.worker.engines.protocol import Engine
+from services.worker.lifecycle import Lifecycle
+from services.worker.role import RoleContract
+from services.worker.servicers.generate import GenerateServicer
+from services.worker.servicers.health import HealthServicer
+from services.worker.servicers.model import ModelServicer
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+# After the drain's deadline, seconds for the engine to drop what was aborted.
+_ABORT_GRACE = 10.0
+
+SERVICE_NAMES = (
+    generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
+    health_pb2.DESCRIPTOR.services_by_name["HealthService"].full_name,
+    bootstrap_pb2.DESCRIPTOR.services_by_name["BootstrapService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+
+
+class BringUpError(Exception):
+    """The worker can't serve; the message is the cause."""
+
+
+class WorkerHost:
+    """One worker. `run` returns the process's exit status."""
+
+    def __init__(self, config: WorkerConfig, model_path: Callable[[], tuple[Path, worker_pb2.ModelIdentity]]) -> None:
+        """`model_path` gives the model's folder and identity once the engine is built."""
+        self._config = config
+        self._model_path = model_path
+        self._stop = asyncio.Event()
+        self._engine: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
+        self._host = advertised_host(
+            bind_host=config.host, advertise_host=config.advertise_host, etcd_endpoints=config.etcd.endpoints
+        )
+        self._health = GrpcHealth(SERVICE_NAMES)
+        instance_id = config.instance_id or registration.default_instance_id(config.role, self._host, config.port)
+        self._core = WorkerCore(
+            config.role, instance_id, registration.new_incarnation(), Lifecycle(config.role, self._health)
+        )
+        self._etcd = EtcdClient(config.etcd.endpoints, config.etcd.tls())
+        self._contract = self._role_contract()
+
+    @property
+    def advertised_host(self) -> str:
+        """The address that others reach this worker at."""
+        return self._host
+
+    def engine_built(self, engine: Engine) -> None:
+        """The engine is there. Called in the loop."""
+        if not self._engine.done():
+            self._engine.set_result(engine)
+
+    def engine_failed(self, error: Exception) -> None:
+        """There will be no engine. Called in the loop."""
+        if not self._engine.done():
+            self._engine.set_exception(error)
+
+    def stop(self) -> None:
+        """Drain and end. Called in the loop; idempotent."""
+        self._stop.set()
+
+    async def run(self, listening: Callable[[], None]) -> int:
+        """Serves until `stop`, or until the engine dies. Calls `listening` when health can be asked.
+
+        Raises PortTakenError when it can't listen.
+        """
+        config = self._config
+        watch_event_loop(asyncio.get_running_loop())
+        server = make_server(self._register)
+        grpc_port = bind(server, config.host, config.port, tls=config.tls.server())
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._etcd)
+            app = system_http.create_app(self._core)
+            http = await stack.enter_async_context(
+                HttpServer(app, host=config.host, port=config.system_port, flag="--system-port")
+            )
+            await self._health.set_serving(False)
+            await server.start()
+            stack.push_async_callback(server.stop, 1.0)
+            listening()
+            log.info("listening", grpc=join_host_port(config.host, grpc_port), system=http.port, host=self._host)
+            try:
+                record = await self._until_stopped(self._bring_up(grpc_port, http.port))
+            except BringUpError as error:
+                await self._core.lifecycle.enter(worker_pb2.WORKER_STATE_FAILED, str(error))
+                return 1
+            if record is None:
+                return 0
+            return await self._serve(record)
+
+    async def _bring_up(self, grpc_port: int, system_port: int) -> worker_pb2.WorkerRecord:
+        """LOADING and WARMING; what comes back is true of an engine that has generated through its own socket."""
+        lifecycle = self._core.lifecycle
+        await lifecycle.enter(worker_pb2.WORKER_STATE_LOADING)
+        try:
+            engine = await asyncio.shield(self._engine)
+        except Exception as error:
+            raise BringUpError(f"the engine was not built: {error}") from error
+        await lifecycle.enter(worker_pb2.WORKER_STATE_WARMING)
+        try:
+            async with asyncio.timeout(self._config.warmup_timeout):
+                await engine.attach()
+                for rank in range(engine.info().dp_size):
+                    await engine.probe(rank)
+                loaded = await asyncio.to_thread(self._describe, engine, grpc_port, system_port)
+                self._core.attach(loaded)
+                await self._probe_own_socket(grpc_port)
+                await self._contract.check_ready(loaded.record)
+        except TimeoutError as error:
+            raise BringUpError(f"no token within --warmup-timeout {self._config.warmup_timeout:g} s") from error
+        except Exception as error:
+            log.error("warm-up failed", exc_info=error)
+            raise BringUpError(f"warm-up: {error}") from error
+        return loaded.record
+
+    async def _serve(self, record: worker_pb2.WorkerRecord) -> int:
+        core, config = self._core, self._config
+        loaded = core.require_loaded()
+        async with (
+            LeaseKeeper(self._etcd, ttl=max(1, round(config.lease_ttl))) as keeper,
+            RecordPublisher(self._etcd, keeper, config.etcd.namespace) as publisher,
+        ):
+            core.accepting = True
+            await core.lifecycle.enter(worker_pb2.WORKER_STATE_SERVING)
+            cause = await self._until_stopped(self._until_broken(loaded.engine, publisher, record))
+            if cause is None:
+                await self._drain(publisher)
+                return 0
+            core.accepting = False
+            await core.lifecycle.enter(worker_pb2.WORKER_STATE_FAILED, cause)
+            await publisher.withdraw(1.0)
+            await publisher.delete(1.0)
+            # Every live leg gets its own typed error from the engine; give them the moment to leave.
+            await core.legs.drained(2.0)
+            return 1
+
+    async def _until_broken(self, engine: Engine, publisher: RecordPublisher, record: worker_pb2.WorkerRecord) -> str:
+        """Publishes, then waits for the one thing that ends a worker from inside. Returns the cause."""
+
+        async def superseded() -> str:
+            return str(await publisher.superseded())
+
+        waits = [asyncio.create_task(engine.wait_dead()), asyncio.create_task(superseded())]
+        try:
+            if await publisher.publish(record):
+                log.info("registered", instance_id=record.instance_id, endpoint=record.grpc_endpoint)
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        except NewerIncarnationError as error:
+            return str(error)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _drain(self, publisher: RecordPublisher) -> None:
+        """Withdraw first, so that nobody is refused who could not know; then finish, then delete."""
+        core, config = self._core, self._config
+        await core.lifecycle.enter(worker_pb2.WORKER_STATE_DRAINING)
+        await publisher.withdraw()
+        await asyncio.sleep(config.drain_grace)
+        core.accepting = False
+        if not await core.legs.drained(config.drain_timeout):
+            log.warning("drain timed out", live=len(core.legs), seconds=config.drain_timeout)
+            await core.legs.abort_all()
+            await core.legs.drained(_ABORT_GRACE)
+        await publisher.delete()
+
+    def _describe(self, engine: Engine, grpc_port: int, system_port: int) -> Loaded:
+        """Reads the model folder (in a thread: tokenizer files are hashed) and puts the record together."""
+        path, identity = self._model_path()
+        files = find_tokenizer_files(path)
+        info = engine.info()
+        record = registration.build_record(
+            self._config,
+            instance_id=self._core.instance_id,
+            incarnation=self._core.incarnation,
+            advertise_host=self._host,
+            grpc_port=grpc_port,
+            system_port=system_port,
+            model=identity,
+            info=info,
+            has_tokenizer=bool(files),
+        )
+        model_info = registration.build_model_info(record, info, files)
+        return Loaded(engine, info, Limits.from_runtime(record.runtime), record, model_info, files)
+
+    async def _probe_own_socket(self, grpc_port: int) -> None:
+        """The first generation that came in through the port others will use."""
+        config = self._config
+        async with make_channel(join_host_port(self._host, grpc_port), tls=config.tls.client()) as channel:
+            stub = health_pb2_grpc.HealthServiceStub(channel)
+            await stub.Probe(health_pb2.ProbeRequest(), timeout=config.warmup_timeout, wait_for_ready=True)
+
+    async def _until_stopped(self, work: Awaitable[T]) -> T | None:
+        """The result of `work`, or None when `stop` came first; `work` is then cancelled."""
+        working = asyncio.ensure_future(work)
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            for task in (working, stopping):
+                task.cancel()
+            await asyncio.gather(working, stopping, return_exceptions=True)
+
+    def _register(self, server: grpc.aio.Server) -> tuple[str, ...]:
+        self._health.register(server)
+        generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(self._core, self._contract), server)
+        health_pb2_grpc.add_HealthServiceServicer_to_server(HealthServicer(self._core), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._core), server)
+        bootstrap_pb2_grpc.add_BootstrapServiceServicer_to_server(self._contract.bootstrap_servicer(self._core), server)
+        return (*SERVICE_NAMES, GRPC_HEALTH_NAME)
+
+    def _role_contract(self) -> RoleContract:
+        if self._config.role is Role.PREFILL:
+            return PrefillContract()
+        if self._config.role is Role.DECODE:
+            return DecodeContract(self._find_prefill)
+        return AggregatedContract()
+
+    async def _find_prefill(self, instance_id: str) -> worker_pb2.WorkerRecord | None:
+        return await find_worker(self._etcd, self._config.etcd.namespace, worker_pb2.WORKER_ROLE_PREFILL, instance_id)

@@ -1,0 +1,53 @@
+"""The state of a worker, and everyone who must hear of it: grpc.health, HealthService.Status, metrics, the log."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+
+from kvbaton.v1 import worker_pb2
+from services.grpc_health import GrpcHealth
+from services.requests import Role
+from services.telemetry import metrics
+
+log = structlog.get_logger()
+
+
+class Lifecycle:
+    """STARTING → LOADING → WARMING → SERVING → DRAINING, or FAILED from anywhere. Never backwards.
+
+    Belongs to the serving loop.
+    """
+
+    def __init__(self, role: Role, health: GrpcHealth) -> None:
+        self.state: worker_pb2.WorkerState = worker_pb2.WORKER_STATE_STARTING
+        self.detail = ""
+        self.started_at = time.time()
+        self._role = role
+        self._health = health
+        self._entered = time.monotonic()
+
+    @property
+    def state_name(self) -> str:
+        """The state in lower case, for people."""
+        return worker_pb2.WorkerState.Name(self.state).removeprefix("WORKER_STATE_").lower()
+
+    @property
+    def serving(self) -> bool:
+        """Whether new requests are expected here."""
+        return self.state == worker_pb2.WORKER_STATE_SERVING
+
+    async def enter(self, state: worker_pb2.WorkerState, detail: str = "") -> None:
+        """Goes on to a later state. A step backwards is a bug: ValueError."""
+        if state < self.state:
+            raise ValueError(f"worker state can't go from {self.state} back to {state}")
+        if state == self.state and detail == self.detail:
+            return
+        seconds, self._entered = time.monotonic() - self._entered, time.monotonic()
+        previous = self.state_name
+        metrics.WORKER_STATE.labels(self._role, previous).set(0)
+        self.state, self.detail = state, detail
+        metrics.WORKER_STATE.labels(self._role, self.state_name).set(1)
+        log.info("worker state", state=self.state_name, detail=detail, previous=previous, seconds=round(seconds, 2))
+        await self._health.set_serving(self.serving)

@@ -1,0 +1,140 @@
+"""The worker's process: who runs in which thread, and what a signal does.
+
+The main thread builds the engine, because SGLang must be built there and blocks for minutes. The serving thread runs
+the event loop from the first moment, so that health is answered while the engine loads. A third thread waits for
+SIGTERM and SIGINT, which every other thread and all of the engine's children block: Ctrl-C in a terminal reaches the
+whole process group, and a scheduler that dies with it would take the drain along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from concurrent.futures import Future
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from kvbaton.v1 import worker_pb2
+from services.config.worker import WorkerConfig
+from services.models.resolve import ModelResolutionError, ResolvedModel, resolve_model_path
+from services.telemetry.logging import configure_logging
+from services.transport import PortTakenError
+from services.worker.advertise import AdvertiseError
+from services.worker.engines.protocol import Engine
+from services.worker.host import WorkerHost
+
+log = structlog.get_logger()
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def run_worker(config: WorkerConfig) -> int:
+    """Runs one worker until a signal ends it. Returns the exit status. Must be called in the main thread."""
+    configure_logging(level=config.log.log_level, format=config.log.log_format, service=config.role)
+    # Its first start unblocks signals, so it comes before the mask; the engine would start it anyway.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        # The engine's arguments are checked before anything is downloaded or bound.
+        return _Process(config).run()
+    except (ModelResolutionError, PortTakenError, AdvertiseError, ValueError) as error:
+        log.error("worker can't start", error=str(error))
+        return 1
+
+
+class _Process:
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._loop = uvloop.new_event_loop()
+        self._listening: Future[WorkerHost] = Future()
+        self._exit_status: Future[int] = Future()
+        self._resolved: ResolvedModel | None = None
+        self._engine: Engine | None = None
+        self._attached = threading.Event()
+
+    def run(self) -> int:
+        serving = threading.Thread(target=self._serve, name="serving", daemon=True)
+        serving.start()
+        host = self._listening.result()
+        threading.Thread(target=self._wait_for_signal, args=(host,), name="signals", daemon=True).start()
+        try:
+            self._resolved = resolve_model_path(self._config.model_path)
+            self._engine = self._make_engine(self._resolved.path, host.advertised_host)
+            self._engine.start()
+        except Exception as error:
+            log.error("engine not built", error=str(error), exc_info=not isinstance(error, ModelResolutionError))
+            self._loop.call_soon_threadsafe(host.engine_failed, error)
+        else:
+            self._attached.set()
+            self._loop.call_soon_threadsafe(host.engine_built, self._engine)
+        try:
+            return self._exit_status.result()
+        finally:
+            if self._engine is not None:
+                self._engine.shutdown()
+            log.info("stopped")
+
+    def _serve(self) -> None:
+        """The serving thread."""
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                self._exit_status.set_result(runner.run(self._host()))
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread
+            if not self._listening.done():
+                self._listening.set_exception(error)
+            self._exit_status.set_exception(error)
+
+    async def _host(self) -> int:
+        host = WorkerHost(self._config, self._model)
+        return await host.run(lambda: self._listening.set_result(host))
+
+    def _wait_for_signal(self, host: WorkerHost) -> None:
+        """The signals thread. A second signal ends the process at once."""
+        received = signal.Signals(signal.sigwait(_STOP_SIGNALS))
+        log.info("stopping", signal=received.name)
+        if self._attached.is_set():
+            self._loop.call_soon_threadsafe(host.stop)
+            signal.sigwait(_STOP_SIGNALS)
+            log.warning("second signal: not waiting for the drain")
+        # Nothing is registered yet (or the operator insists): what must not stay behind is the engine's children.
+        if self._engine is not None:
+            self._engine.shutdown()
+        os._exit(128 + received)
+
+    def _make_engine(self, model_path: Path, transfer_host: str) -> Engine:
+        # Imported late: SGLang pulls torch, and health must answer before that is done.
+        from services.worker.engines.sglang import SglangEngine, SglangOptions
+
+        config = self._config
+        return SglangEngine(
+            SglangOptions(
+                role=config.role,
+                model_path=str(model_path),
+                served_model_name=self._served_name(),
+                device=config.device,
+                bootstrap_host=config.host,
+                bootstrap_port=config.disaggregation_bootstrap_port,
+                transfer_host=transfer_host,
+                transfer_backend=config.disaggregation_transfer_backend,
+                page_size=config.page_size,
+                native_args=config.native_args,
+                backstop_timeout_s=config.backstop_timeout,
+            )
+        )
+
+    def _model(self) -> tuple[Path, worker_pb2.ModelIdentity]:
+        assert self._resolved is not None
+        resolved = self._resolved
+        identity = worker_pb2.ModelIdentity(
+            name=self._served_name(), path=self._config.model_path, revision=resolved.revision
+        )
+        return resolved.path, identity
+
+    def _served_name(self) -> str:
+        assert self._resolved is not None
+        return self._config.served_model_name or self._resolved.name_hint

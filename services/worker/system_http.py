@@ -1,0 +1,38 @@
+"""The worker's system HTTP: /health, /live and /metrics."""
+
+from __future__ import annotations
+
+import prometheus_client
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kvbaton.v1 import worker_pb2
+from services.worker.core import WorkerCore
+
+
+def create_app(core: WorkerCore) -> Starlette:
+    """`/health` is 200 only while SERVING; `/live` is 200 until the engine is gone, whatever the load."""
+
+    async def health(_: Request) -> Response:
+        return JSONResponse(_description(core), status_code=200 if core.lifecycle.serving else 503)
+
+    async def live(_: Request) -> Response:
+        failed = core.lifecycle.state == worker_pb2.WORKER_STATE_FAILED
+        return JSONResponse(_description(core), status_code=503 if failed else 200)
+
+    async def metrics(_: Request) -> Response:
+        return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    return Starlette(routes=[Route("/health", health), Route("/live", live), Route("/metrics", metrics)])
+
+
+def _description(core: WorkerCore) -> dict[str, object]:
+    return {
+        "state": core.lifecycle.state_name,
+        "detail": core.lifecycle.detail,
+        "role": core.role.value,
+        "instance_id": core.instance_id,
+        "live_requests": len(core.legs),
+    }
