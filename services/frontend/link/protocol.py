@@ -1,0 +1,60 @@
+"""The only way the frontend reaches a worker's engine: submit a leg, abort it, receive its events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvbaton.errors import RequestError
+from kvbaton.v1 import generate_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class LegTokens:
+    """New tokens of a leg that goes on."""
+
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LegFinished:
+    """The good end of a leg, with its last tokens."""
+
+    token_ids: list[int]
+    finished: generate_pb2.Finished
+
+
+@dataclass(frozen=True, slots=True)
+class LegFailed:
+    """The bad end of a leg."""
+
+    error: RequestError
+
+
+LegEvent = LegTokens | LegFinished | LegFailed
+LegSink = Callable[[LegEvent], None]
+
+
+class Leg(Protocol):
+    """One submitted leg. Its sink gets any number of LegTokens, then exactly one LegFinished or LegFailed."""
+
+    def abort(self) -> None:
+        """Asks the worker to end it; the sink hears the end. Returns at once, idempotent, harmless after the end."""
+        ...
+
+    async def ended(self) -> None:
+        """Returns once the worker has let go of the leg or can't be reached; within seconds of `abort`."""
+        ...
+
+
+class WorkerLink(Protocol):
+    """The connection to one incarnation of one worker."""
+
+    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink) -> Leg:
+        """Sends one leg. `request.request_id` is 32 hex digits and fresh. Never raises: failures reach the sink."""
+        ...
+
+    async def close(self) -> None:
+        """Ends every leg that is left, and the connection."""
+        ...

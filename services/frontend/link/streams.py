@@ -1,0 +1,112 @@
+"""`WorkerLink` with one GenerateService stream per leg."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import grpc.aio
+
+from kvbaton.errors import Reason, RequestError
+from kvbaton.v1 import generate_pb2, generate_pb2_grpc
+from services.frontend.link.protocol import LegFailed, LegFinished, LegSink, LegTokens
+
+# Seconds for the Abort call itself, and for the stream to end after it; then the call is cancelled from our side.
+ABORT_CALL_TIMEOUT = 2.0
+ABORT_END_TIMEOUT = 5.0
+
+
+class StreamLink:
+    """One channel to one worker; `worker` and `leg` name it in errors."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, worker: str, leg: str, total_timeout: float) -> None:
+        self._channel = channel
+        self._stub = generate_pb2_grpc.GenerateServiceStub(channel)
+        self._worker, self._leg = worker, leg
+        self._total_timeout = total_timeout
+        self._legs: set[StreamLeg] = set()
+
+    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink) -> StreamLeg:
+        """See `WorkerLink`."""
+        call = self._stub.Generate(request, timeout=self._total_timeout)
+        leg = StreamLeg(self._stub, call, request, sink, worker=self._worker, leg=self._leg)
+        self._legs.add(leg)
+        leg.reading.add_done_callback(lambda _: self._legs.discard(leg))
+        return leg
+
+    async def close(self) -> None:
+        """See `WorkerLink`."""
+        legs = list(self._legs)
+        for leg in legs:
+            leg.reading.cancel()
+        await asyncio.gather(*(leg.ended() for leg in legs))
+        await self._channel.close()
+
+
+class StreamLeg:
+    """One open stream; `reading` is the task that owns it."""
+
+    def __init__(
+        self,
+        stub: generate_pb2_grpc.GenerateServiceAsyncStub,
+        call: grpc.aio.UnaryStreamCall[generate_pb2.GenerateRequest, generate_pb2.GenerateResponse],
+        request: generate_pb2.GenerateRequest,
+        sink: LegSink,
+        *,
+        worker: str,
+        leg: str,
+    ) -> None:
+        self._stub, self._call, self._sink = stub, call, sink
+        self._request_id, self._room = request.request_id, request.bootstrap.room
+        self._worker, self._leg = worker, leg
+        self._aborting: asyncio.Task[None] | None = None
+        self.reading = asyncio.create_task(self._read(), name=f"leg {leg} {request.request_id}")
+
+    def abort(self) -> None:
+        """See `Leg`."""
+        if self._aborting is None and not self.reading.done():
+            self._aborting = asyncio.create_task(self._abort(), name=f"abort {self._leg} {self._request_id}")
+
+    async def ended(self) -> None:
+        """See `Leg`."""
+        tasks = {self.reading, self._aborting} - {None}
+        await asyncio.wait([task for task in tasks if task is not None])
+
+    async def _read(self) -> None:
+        finished = False
+        try:
+            async for response in self._call:
+                if response.HasField("finished"):
+                    finished = True
+                    self._sink(LegFinished(list(response.token_ids), response.finished))
+                else:
+                    self._sink(LegTokens(list(response.token_ids)))
+            if not finished:
+                self._fail(RequestError(grpc.StatusCode.INTERNAL, Reason.LEG_ENDED_EARLY, "the stream ended early"))
+        except grpc.aio.AioRpcError as error:
+            if not finished:
+                self._fail(_typed(error))
+        except asyncio.CancelledError:
+            self._call.cancel()
+            if not finished:
+                self._fail(RequestError(grpc.StatusCode.UNAVAILABLE, Reason.WORKER_UNREACHABLE, "the worker is gone"))
+
+    async def _abort(self) -> None:
+        """By the Abort call, so that the end of the stream says that the engine has dropped the leg."""
+        try:
+            await self._stub.Abort(generate_pb2.AbortRequest(request_id=self._request_id), timeout=ABORT_CALL_TIMEOUT)
+            async with asyncio.timeout(ABORT_END_TIMEOUT):
+                await asyncio.shield(self.reading)
+        except (grpc.aio.AioRpcError, TimeoutError):
+            self._call.cancel()
+
+    def _fail(self, error: RequestError) -> None:
+        self._sink(LegFailed(error.with_context(leg=self._leg, worker=self._worker, room=self._room)))
+
+
+def _typed(error: grpc.aio.AioRpcError) -> RequestError:
+    """A status without our ErrorInfo is gRPC's own: a lost connection, above all."""
+    typed = RequestError.from_rpc_error(error)
+    if typed.reason is Reason.UNTYPED and typed.code is grpc.StatusCode.UNAVAILABLE:
+        typed.reason, typed.retry_after = Reason.WORKER_UNREACHABLE, 1.0
+    return typed

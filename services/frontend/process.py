@@ -1,0 +1,38 @@
+"""The frontend's process: signals in, drain, exit status out."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import structlog
+import uvloop
+
+from services.config.frontend import FrontendConfig
+from services.frontend.server import Frontend
+from services.telemetry.logging import configure_logging
+from services.transport import PortTakenError
+
+log = structlog.get_logger()
+
+
+def run_frontend(config: FrontendConfig) -> int:
+    """Runs the frontend until a signal ends it. Returns the exit status."""
+    configure_logging(level=config.log.log_level, format=config.log.log_format, service="frontend")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(_serve(config))
+        except (PortTakenError, ValueError) as error:
+            log.error("frontend can't start", error=str(error))
+            return 1
+    log.info("stopped")
+    return 0
+
+
+async def _serve(config: FrontendConfig) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with Frontend(config) as frontend:
+        await stop.wait()
+        await frontend.drain()

@@ -1,0 +1,92 @@
+"""What the frontend's edges (gRPC, HTTP) see of a request: submit it, read its outputs, cancel it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from kvbaton.v1 import generate_pb2, model_pb2
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of each phase; None where it did not happen. See `Timings` in generate.proto."""
+
+    queue: float | None = None
+    prefill: float | None = None
+    transfer: float | None = None
+    decode: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of an answer. Token counts as in `Usage` of generate.proto."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int = 0
+    matched_token_id: int | None = None
+    matched_stop: str | None = None
+    timings: Timings = field(default_factory=Timings)
+    prefill_worker: str = ""
+    decode_worker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """New tokens and new text; `finished` is set on the last output of a request and on no other.
+
+    `text` never ends inside a character, so it may lag behind `token_ids`; it is empty for a model without tokenizer.
+    """
+
+    token_ids: list[int]
+    text: str = ""
+    finished: Finished | None = None
+
+
+class LiveRequest(Protocol):
+    """One accepted request. It has an owner task of its own: reading it slowly or not at all does not stop it."""
+
+    @property
+    def request_id(self) -> str:
+        """The caller's id, or the one made up for it."""
+        ...
+
+    def outputs(self) -> AsyncIterator[Output]:
+        """Ends after the output with `finished`, or raises RequestError once. Leaving it early cancels the request."""
+        ...
+
+    def cancel(self) -> None:
+        """Ends both legs; `outputs` then raises RequestError with CANCELLED. Returns at once, idempotent."""
+        ...
+
+
+class Generation(Protocol):
+    """The frontend's service, as its edges use it."""
+
+    async def submit(self, request: generate_pb2.GenerateRequest) -> LiveRequest:
+        """Checks, tokenizes and dispatches. Raises RequestError when the request is refused."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """Cancels a live request by id; False when there is none."""
+        ...
+
+    def models(self) -> list[model_pb2.ModelInfo]:
+        """Every model that a request could be sent to right now, by name."""
+        ...
+
+    @property
+    def draining(self) -> bool:
+        """True once the frontend takes no new request."""
+        ...

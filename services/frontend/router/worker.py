@@ -1,0 +1,157 @@
+"""One incarnation of one worker as this frontend sees it: its record, its connection, whether it can be routed to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+import structlog
+
+from kvbaton.v1 import health_pb2, health_pb2_grpc, model_pb2, model_pb2_grpc, worker_pb2
+from services.frontend.link.streams import StreamLink
+from services.frontend.text.tokenizer import TokenizerError
+from services.frontend.text_models import TextModel, TextModels
+from services.requests import Limits, Role
+from services.transport import TlsConfig, make_channel
+
+log = structlog.get_logger()
+
+_CALL_TIMEOUT = 5.0
+_RETRY_SECONDS = 0.25
+
+
+class Worker:
+    """Routable while its record says SERVING, its own Status says so with the same incarnation, and it is connected.
+
+    A broken connection makes it unroutable at once: the channel's state is watched, not the next request's failure.
+    """
+
+    def __init__(
+        self,
+        record: worker_pb2.WorkerRecord,
+        *,
+        tls: TlsConfig | None,
+        texts: TextModels,
+        total_timeout: float,
+        changed: Callable[[], None],
+    ) -> None:
+        self.record = record
+        self.role = Role.from_proto(record.role)
+        self.limits = Limits.from_runtime(record.runtime)
+        self.registered = True
+        self._live_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.model_info: model_pb2.ModelInfo | None = None
+        self.text: TextModel | None = None
+        self._reason = "not asked yet"
+        self._answers = False
+        self._texts = texts
+        self._changed = changed
+        self._channel = make_channel(record.grpc_endpoint, tls=tls)
+        self.link = StreamLink(self._channel, worker=record.instance_id, leg=self.role, total_timeout=total_timeout)
+        self._watching = asyncio.create_task(self._watch(), name=f"worker {record.instance_id}")
+
+    @property
+    def instance_id(self) -> str:
+        """Name in the registry."""
+        return self.record.instance_id
+
+    @property
+    def routable(self) -> bool:
+        """Whether a new request may go here."""
+        return self._answers and self.record.state == worker_pb2.WORKER_STATE_SERVING
+
+    @property
+    def reason(self) -> str:
+        """Why it is not routable; empty when it is."""
+        if self.record.state == worker_pb2.WORKER_STATE_DRAINING:
+            return "draining"
+        return "" if self.routable else self._reason
+
+    @property
+    def live_requests(self) -> int:
+        """Requests of this frontend that run here."""
+        return self._live_requests
+
+    def request_began(self) -> None:
+        """One more request runs here."""
+        self._live_requests += 1
+        self._idle.clear()
+
+    def request_ended(self) -> None:
+        """The worker has let go of it."""
+        self._live_requests -= 1
+        if not self._live_requests:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Waits until no request of this frontend runs here."""
+        await self._idle.wait()
+
+    def update(self, record: worker_pb2.WorkerRecord) -> None:
+        """The same incarnation has written its record again."""
+        self.record = record
+        self.registered = True
+        self._changed()
+
+    def describe(self) -> health_pb2.KnownWorker:
+        """For `Status` of the frontend."""
+        return health_pb2.KnownWorker(
+            record=self.record,
+            routable=self.routable,
+            reason=self.reason,
+            registered=self.registered,
+            live_requests=self.live_requests,
+        )
+
+    async def close(self) -> None:
+        """Ends its legs with WORKER_UNREACHABLE and the connection."""
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
+        await self.link.close()
+
+    async def _watch(self) -> None:
+        """Asks until it serves, then waits until the connection breaks, for ever."""
+        while True:
+            problem = await self._ask()
+            if problem is None:
+                self._set_answers(True, "")
+                await self._until_disconnected()
+                self._set_answers(False, "connection lost")
+            else:
+                self._set_answers(False, problem)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _ask(self) -> str | None:
+        """None when it serves and its tokenizer is here, else why not."""
+        try:
+            health = health_pb2_grpc.HealthServiceStub(self._channel)
+            status = await health.Status(health_pb2.StatusRequest(), timeout=_CALL_TIMEOUT)
+            if status.incarnation != self.record.incarnation:
+                return "another incarnation answers at its address"
+            if status.state != worker_pb2.WORKER_STATE_SERVING:
+                return f"says {worker_pb2.WorkerState.Name(status.state)} {status.detail}".strip()
+            models = model_pb2_grpc.ModelServiceStub(self._channel)
+            reply = await models.GetModelInfo(model_pb2.GetModelInfoRequest(), timeout=_CALL_TIMEOUT)
+            self.text = await self._texts.get(reply.info, models)
+            self.model_info = reply.info
+        except grpc.aio.AioRpcError as error:
+            return f"does not answer: {error.code().name} {error.details()}"
+        except (TokenizerError, OSError) as error:
+            return f"its tokenizer can't be used: {error}"
+        return None
+
+    async def _until_disconnected(self) -> None:
+        while (state := self._channel.get_state()) is grpc.ChannelConnectivity.READY:
+            await self._channel.wait_for_state_change(state)
+
+    def _set_answers(self, answers: bool, reason: str) -> None:
+        if (answers, reason) == (self._answers, self._reason):
+            return
+        was, self._answers, self._reason = self._answers, answers, reason
+        if was != answers:
+            log.info("worker routable" if answers else "worker unroutable", worker=self.instance_id, reason=reason)
+        self._changed()

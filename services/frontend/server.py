@@ -1,0 +1,159 @@
+"""One frontend: its parts, put together, from listening to drained."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc.aio
+import structlog
+
+from kvbaton.v1 import (
+    generate_pb2,
+    generate_pb2_grpc,
+    health_pb2,
+    health_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+from services.config.frontend import FrontendConfig
+from services.frontend.edge.app import create_app
+from services.frontend.router.placement import RoundRobinRouter
+from services.frontend.router.worker_set import WorkerSet
+from services.frontend.service import GenerationService
+from services.frontend.servicers.generate import GenerateServicer
+from services.frontend.servicers.health import HealthServicer
+from services.frontend.servicers.model import ModelServicer
+from services.frontend.text_models import TextModels
+from services.grpc_health import SERVICE_NAME as GRPC_HEALTH_NAME
+from services.grpc_health import GrpcHealth
+from services.http_server import HttpServer
+from services.registry.etcd import EtcdClient
+from services.registry.watcher import RegistryWatcher
+from services.telemetry.metrics import watch_event_loop
+from services.transport import bind, join_host_port, make_server
+
+log = structlog.get_logger()
+
+SERVICE_NAMES = (
+    generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
+    health_pb2.DESCRIPTOR.services_by_name["HealthService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+
+
+class Frontend:
+    """Use it as an async context manager: it listens inside, and is gone after. `drain` before leaving.
+
+    Entering raises PortTakenError, or ValueError for flags that don't go together.
+    """
+
+    def __init__(self, config: FrontendConfig) -> None:
+        self._config = config
+        self._stack = contextlib.AsyncExitStack()
+        self._health: _Health | None = None
+        self.grpc_port = 0
+        self.http_port = 0
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            await self._listen(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def drain(self) -> None:
+        """Takes no new request and waits for the live ones, up to --drain-timeout."""
+        log.info("draining", live_requests=self.generation.live_requests)
+        drained = asyncio.create_task(self.generation.drain(self._config.drain_timeout))
+        await asyncio.sleep(0)
+        self._health_changed()
+        await drained
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
+        config = self._config
+        watch_event_loop(asyncio.get_running_loop())
+        texts = TextModels(cache_folder())
+        stack.callback(texts.close)
+        etcd = await stack.enter_async_context(EtcdClient(config.etcd.endpoints, config.etcd.tls()))
+        watcher = await stack.enter_async_context(RegistryWatcher(etcd, config.etcd.namespace))
+        self.workers = await stack.enter_async_context(WorkerSet(config, watcher, texts))
+        self.generation = GenerationService(config, RoundRobinRouter(self.workers))
+        self._health = health = _Health(self.generation)
+        self.workers.on_change(self._health_changed)
+        server = make_server(lambda server: _register(server, self.generation, self.workers, health.grpc_health))
+        self.grpc_port = bind(server, config.host, config.port, tls=config.tls.server())
+        app = create_app(self.generation)
+        http = await stack.enter_async_context(
+            HttpServer(app, host=config.host, port=config.http_port, flag="--http-port")
+        )
+        self.http_port = http.port
+        await stack.enter_async_context(health)
+        await server.start()
+        stack.push_async_callback(server.stop, 1.0)
+        log.info(
+            "listening",
+            grpc=join_host_port(config.host, self.grpc_port),
+            http=join_host_port(config.host, self.http_port),
+        )
+
+    def _health_changed(self) -> None:
+        if self._health is not None:
+            self._health.changed()
+
+
+class _Health:
+    """Keeps grpc.health equal to what requests would find; use it as an async context manager."""
+
+    def __init__(self, generation: GenerationService) -> None:
+        self._generation = generation
+        self.grpc_health = GrpcHealth(SERVICE_NAMES)
+        self._dirty = asyncio.Event()
+        self._dirty.set()
+        self._task: asyncio.Task[None] | None = None
+
+    def changed(self) -> None:
+        """Something that health depends on may have changed."""
+        self._dirty.set()
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._publish(), name="grpc-health")
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _publish(self) -> None:
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            serving = bool(self._generation.models()) and not self._generation.draining
+            await self.grpc_health.set_serving(serving)
+
+
+def _register(
+    server: grpc.aio.Server,
+    generation: GenerationService,
+    workers: WorkerSet,
+    health: GrpcHealth,
+) -> tuple[str, ...]:
+    health.register(server)
+    generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(generation), server)
+    health_pb2_grpc.add_HealthServiceServicer_to_server(HealthServicer(generation, workers), server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(generation), server)
+    return (*SERVICE_NAMES, GRPC_HEALTH_NAME)
+
+
+def cache_folder() -> Path:
+    """Where tokenizers are kept between runs: $XDG_CACHE_HOME/kvbaton/tokenizers."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "kvbaton" / "tokenizers"

@@ -1,0 +1,164 @@
+"""Generation as the frontend offers it: every live request by id, admission, and the drain at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+import grpc
+import structlog
+
+from kvbaton.errors import Reason, RequestError
+from kvbaton.v1 import generate_pb2, model_pb2
+from services.config.frontend import FrontendConfig
+from services.frontend.request.api import LiveRequest
+from services.frontend.request.deadlines import Deadlines
+from services.frontend.request.owner import RequestOwner
+from services.frontend.request.prepare import prepare
+from services.frontend.router.placement import RoundRobinRouter
+from services.requests import check_request_id
+from services.telemetry import metrics
+
+log = structlog.get_logger()
+
+
+class GenerationService:
+    """Implements `Generation`."""
+
+    def __init__(self, config: FrontendConfig, router: RoundRobinRouter) -> None:
+        self._config = config
+        self._router = router
+        self._deadlines = Deadlines(config.first_token_timeout, config.token_gap_timeout, config.total_timeout)
+        # Ids from admission on; the owner is None while the request is being prepared.
+        self._live: dict[str, RequestOwner | None] = {}
+        self._cancelled_early: set[str] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = False
+
+    @property
+    def draining(self) -> bool:
+        """See `Generation`."""
+        return self._draining
+
+    @property
+    def live_requests(self) -> int:
+        """Requests accepted and not ended."""
+        return len(self._live)
+
+    def models(self) -> list[model_pb2.ModelInfo]:
+        """See `Generation`."""
+        return self._router.models()
+
+    async def submit(self, request: generate_pb2.GenerateRequest) -> LiveRequest:
+        """See `Generation`."""
+        received = time.monotonic()
+        request_id = self._admit(check_request_id(request.request_id) or uuid.uuid4().hex)
+        try:
+            worker = self._router.find_model(request.model)
+            prepared = await prepare(request, request_id, worker)
+            if request_id in self._cancelled_early:
+                raise RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, "the request was cancelled")
+            placement = self._router.choose(prepared.model)
+        except BaseException as error:
+            # Also when the caller left while its prompt was being tokenized.
+            self._forget(request_id)
+            if not isinstance(error, RequestError):
+                raise
+            metrics.REQUESTS.labels(request.model, error.code.name).inc()
+            raise error.with_context(request_id=request_id) from error
+        owner = RequestOwner(prepared, placement, self._deadlines, received, self._request_ended)
+        self._live[request_id] = owner
+        task = owner.start()
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return owner
+
+    def abort(self, request_id: str) -> bool:
+        """See `Generation`."""
+        if request_id not in self._live:
+            return False
+        owner = self._live[request_id]
+        if owner is None:
+            self._cancelled_early.add(request_id)
+        else:
+            owner.cancel()
+        return True
+
+    async def drain(self, timeout: float) -> None:
+        """Takes no new request, waits for the live ones, cancels what is left after `timeout` seconds."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout):
+                await self._empty.wait()
+        except TimeoutError:
+            log.warning("drain timed out", live=len(self._live), seconds=timeout)
+            for request_id in list(self._live):
+                self.abort(request_id)
+            if self._tasks:
+                await asyncio.wait(set(self._tasks), timeout=10.0)
+
+    def _admit(self, request_id: str) -> str:
+        if self._draining:
+            raise RequestError(
+                grpc.StatusCode.UNAVAILABLE, Reason.SHUTTING_DOWN, "the frontend is shutting down", retry_after=1.0
+            )
+        if request_id in self._live:
+            raise RequestError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                Reason.DUPLICATE_REQUEST_ID,
+                f"request_id: {request_id!r} is live",
+                field="request_id",
+                request_id=request_id,
+            )
+        if len(self._live) >= self._config.max_live_requests:
+            raise RequestError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                Reason.TOO_MANY_REQUESTS,
+                f"{len(self._live)} requests are live, --max-live-requests is {self._config.max_live_requests}",
+                retry_after=1.0,
+            )
+        self._live[request_id] = None
+        self._empty.clear()
+        metrics.LIVE_REQUESTS.set(len(self._live))
+        return request_id
+
+    def _forget(self, request_id: str) -> None:
+        self._live.pop(request_id, None)
+        self._cancelled_early.discard(request_id)
+        if not self._live:
+            self._empty.set()
+        metrics.LIVE_REQUESTS.set(len(self._live))
+
+    def _request_ended(self, owner: RequestOwner, outcome: str) -> None:
+        """One log line and one count per request."""
+        self._forget(owner.request_id)
+        answer = owner.answer
+        metrics.REQUESTS.labels(owner.model, outcome).inc()
+        timings = answer.timings()
+        phases = {
+            "queue": timings.queue,
+            "prefill": timings.prefill,
+            "transfer": timings.transfer,
+            "decode": timings.decode,
+        }
+        if answer.complete is not None:
+            metrics.PROMPT_TOKENS.labels(owner.model).inc(answer.prompt_tokens)
+            metrics.COMPLETION_TOKENS.labels(owner.model).inc(answer.completion_tokens)
+            for phase, seconds in phases.items():
+                if seconds is not None:
+                    metrics.PHASE_SECONDS.labels(phase).observe(seconds)
+            if (ttft := answer.time_to_first_token) is not None:
+                metrics.TIME_TO_FIRST_TOKEN_SECONDS.labels(owner.model).observe(ttft)
+        log.info(
+            "request ended",
+            request_id=owner.request_id,
+            outcome=outcome,
+            model=owner.model,
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=answer.completion_tokens,
+            error=str(answer.error) if answer.error is not None else None,
+            **{f"{phase}_s": round(seconds, 4) for phase, seconds in phases.items() if seconds is not None},
+        )

@@ -1,0 +1,72 @@
+"""GenerateService of the frontend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from kvbaton.errors import invalid
+from kvbaton.v1 import generate_pb2, generate_pb2_grpc
+from services.frontend.request.api import Finished, FinishReason, Generation, Output
+from services.requests import check_request_id
+
+_FINISH_REASONS = {
+    FinishReason.STOP: generate_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
+    """A thin edge over `Generation`."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    async def Generate(  # type: ignore[override]
+        self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[generate_pb2.GenerateResponse]:
+        """Streams one answer; a cancelled call cancels both legs."""
+        live = await self._generation.submit(request)
+        async with contextlib.aclosing(live.outputs()) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                yield _response(output, live.request_id)
+
+    async def Abort(
+        self, request: generate_pb2.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> generate_pb2.AbortResponse:
+        """Cancels a live request."""
+        if not request.request_id:
+            raise invalid("request_id", "missing")
+        return generate_pb2.AbortResponse(found=self._generation.abort(check_request_id(request.request_id)))
+
+
+def _response(output: Output, request_id: str) -> generate_pb2.GenerateResponse:
+    response = generate_pb2.GenerateResponse(token_ids=output.token_ids, text=output.text)
+    if output.finished is not None:
+        _write_finished(response.finished, output.finished, request_id)
+    return response
+
+
+def _write_finished(wire: generate_pb2.Finished, finished: Finished, request_id: str) -> None:
+    wire.reason = _FINISH_REASONS[finished.reason]
+    if finished.matched_stop is not None:
+        wire.matched_stop = finished.matched_stop
+    elif finished.matched_token_id is not None:
+        wire.matched_token_id = finished.matched_token_id
+    wire.usage.prompt_tokens = finished.prompt_tokens
+    wire.usage.completion_tokens = finished.completion_tokens
+    wire.usage.cached_prompt_tokens = finished.cached_prompt_tokens
+    wire.request_id = request_id
+    wire.prefill_worker, wire.decode_worker = finished.prefill_worker, finished.decode_worker
+    timings = finished.timings
+    for phase, seconds in (
+        (wire.timings.queue, timings.queue),
+        (wire.timings.prefill, timings.prefill),
+        (wire.timings.transfer, timings.transfer),
+        (wire.timings.decode, timings.decode),
+    ):
+        if seconds is not None:
+            phase.FromNanoseconds(int(seconds * 1e9))

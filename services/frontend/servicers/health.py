@@ -1,0 +1,59 @@
+"""HealthService of the frontend: every worker that it knows, and a one-token request through a pair."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+
+from kvbaton.v1 import generate_pb2, health_pb2, health_pb2_grpc, worker_pb2
+from services.frontend.router.worker_set import WorkerSet
+from services.frontend.service import GenerationService
+from services.version import own_version
+
+
+class HealthServicer(health_pb2_grpc.HealthServiceServicer):
+    """SERVING while at least one model can be generated with."""
+
+    def __init__(self, generation: GenerationService, workers: WorkerSet) -> None:
+        self._generation = generation
+        self._workers = workers
+        self._started_at = time.time()
+
+    async def Status(
+        self, request: health_pb2.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.StatusResponse:
+        """State, load and topology."""
+        response = health_pb2.StatusResponse(
+            state=self._state(),
+            versions=worker_pb2.Versions(kvbaton=own_version()),
+            load=health_pb2.Load(live_requests=self._generation.live_requests),
+            workers=[worker.describe() for worker in self._workers.all()],
+        )
+        response.started_at.FromNanoseconds(int(self._started_at * 1e9))
+        return response
+
+    async def Probe(
+        self, request: health_pb2.ProbeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.ProbeResponse:
+        """One greedy token for a prompt of one token, on the next pair of the first model."""
+        models = self._generation.models()
+        started = time.monotonic()
+        live = await self._generation.submit(
+            generate_pb2.GenerateRequest(
+                model=models[0].model.name if models else "",
+                token_ids=generate_pb2.TokenIds(ids=[models[0].bos_token_id if models else 0]),
+                sampling=generate_pb2.SamplingParams(max_new_tokens=1, temperature=0.0),
+            )
+        )
+        async for _ in live.outputs():
+            pass
+        response = health_pb2.ProbeResponse()
+        response.elapsed.FromNanoseconds(int((time.monotonic() - started) * 1e9))
+        return response
+
+    def _state(self) -> worker_pb2.WorkerState:
+        if self._generation.draining:
+            return worker_pb2.WORKER_STATE_DRAINING
+        return worker_pb2.WORKER_STATE_SERVING if self._generation.models() else worker_pb2.WORKER_STATE_STARTING
