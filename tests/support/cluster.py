@@ -1,0 +1,131 @@
+"""Frontend and workers in one process, over real sockets and a real etcd, around fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from kvbaton.client import Client
+from kvbaton.v1 import worker_pb2
+from services.config.common import EtcdFlags
+from services.config.frontend import FrontendConfig
+from services.config.worker import WorkerConfig
+from services.frontend.server import Frontend
+from services.requests import Role
+from services.worker.host import WorkerHost
+from tests.support.fake_engine import Behaviour, FakeEngine, Rooms
+from tests.support.ports import free_port
+from tests.support.waiting import eventually
+
+MODEL = "fake-model"
+
+
+@dataclass
+class HostedWorker:
+    """One worker of the test cluster."""
+
+    host: WorkerHost
+    engine: FakeEngine
+    config: WorkerConfig
+    task: asyncio.Task[int]
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.config.port}"
+
+
+class FakeCluster:
+    """Use it as an async context manager; then `start_worker` as often as needed."""
+
+    def __init__(self, etcd_endpoint: str, namespace: str, model_folder: Path, **frontend: float) -> None:
+        self.etcd = EtcdFlags(etcd_endpoints=etcd_endpoint, namespace=namespace)
+        self.rooms = Rooms()
+        self.workers: list[HostedWorker] = []
+        self._model_folder = model_folder
+        self._frontend_config = replace(FrontendConfig(port=0, http_port=0, etcd=self.etcd), **frontend)
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        self.frontend = await self._stack.enter_async_context(Frontend(self._frontend_config))
+        self.client = await self._stack.enter_async_context(self.connect())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+        for worker in self.workers:
+            worker.host.stop()
+        await asyncio.gather(*(worker.task for worker in self.workers), return_exceptions=True)
+
+    def connect(self) -> Client:
+        """A client of the frontend."""
+        return Client(f"127.0.0.1:{self.frontend.grpc_port}", timeout=20.0)
+
+    async def start_worker(
+        self,
+        role: Role,
+        behaviour: Behaviour | None = None,
+        *,
+        built: bool = True,
+        bootstrap_answers: bool = True,
+        **options: object,
+    ) -> HostedWorker:
+        """A worker; with `built=False` its engine stays unbuilt until the test says `engine_built`."""
+        engine = FakeEngine(role, self.rooms, behaviour)
+        config = WorkerConfig(
+            role=role,
+            port=free_port(),
+            system_port=free_port(),
+            disaggregation_bootstrap_port=free_port(),
+            drain_grace=0.2,
+            lease_ttl=2.0,
+            model_path=MODEL,
+            etcd=self.etcd,
+        )
+        config = replace(config, **options)  # type: ignore[arg-type]
+        if role is Role.PREFILL and bootstrap_answers:
+            await self._stack.enter_async_context(_bootstrap_server(config.disaggregation_bootstrap_port))
+        identity = worker_pb2.ModelIdentity(name=config.served_model_name or MODEL, path=MODEL, revision="r1")
+        host = WorkerHost(config, lambda: (self._model_folder, identity))
+        listening = asyncio.Event()
+        worker = HostedWorker(host, engine, config, asyncio.create_task(host.run(listening.set)))
+        self.workers.append(worker)
+        if built:
+            host.engine_built(engine)
+        await eventually(lambda: listening.is_set() or worker.task.done(), what="listening")
+        return worker
+
+    async def start_pair(self) -> tuple[HostedWorker, HostedWorker]:
+        """A prefill and a decode worker, routable."""
+        prefill, decode = await self.start_worker(Role.PREFILL), await self.start_worker(Role.DECODE)
+        await self.routable(2)
+        return prefill, decode
+
+    async def routable(self, count: int, *, within: float = 10.0) -> None:
+        """Waits until the frontend can route to exactly `count` workers."""
+        await eventually(
+            lambda: sum(worker.routable for worker in self.frontend.workers.all()) == count,
+            within=within,
+            what=f"{count} routable workers",
+        )
+
+
+@contextlib.asynccontextmanager
+async def _bootstrap_server(port: int):  # type: ignore[no-untyped-def]
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK")
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", port)
+    try:
+        yield
+    finally:
+        server.close()

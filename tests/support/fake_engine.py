@@ -1,0 +1,177 @@
+"""An engine for tests of everything around engines: tokens by arithmetic, a room through a shared dictionary.
+
+It is not the simulated engine: it proves nothing about KV caches. It obeys the `Engine` protocol, so that the worker
+host, the frontend and the registry run for real around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from services.requests import Role
+from services.worker.engines.protocol import (
+    EngineDeadError,
+    EngineDelta,
+    EngineFinish,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    Finish,
+)
+
+VOCABULARY = 49152
+CONTEXT = 256
+
+
+def expected_tokens(prompt: list[int], count: int) -> list[int]:
+    """The oracle: what every correct answer to `prompt` begins with."""
+    seed = sum((index + 1) * token for index, token in enumerate(prompt))
+    return [(seed + 31 * index) % 1000 + 100 for index in range(count)]
+
+
+@dataclass
+class Rooms:
+    """Where the two legs of a request meet; one for all engines of a test."""
+
+    arrived: dict[int, asyncio.Event] = field(default_factory=lambda: defaultdict(asyncio.Event))
+    fetched: dict[int, asyncio.Event] = field(default_factory=lambda: defaultdict(asyncio.Event))
+
+
+@dataclass
+class Behaviour:
+    """What the engine does wrong, or slowly; may be changed while it runs. Times in seconds."""
+
+    token_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    abort_message: str = ""
+    """Non-empty: every request ends at once with Finish.ABORT and this message."""
+    wrong_first_token: bool = False
+    hang: bool = False
+
+
+class FakeEngine:
+    """See `services.worker.engines.protocol.Engine`."""
+
+    def __init__(self, role: Role, rooms: Rooms, behaviour: Behaviour | None = None) -> None:
+        self.role, self.rooms = role, rooms
+        self.behaviour = behaviour or Behaviour()
+        self.seen: list[EngineRequest] = []
+        self.live: dict[str, asyncio.Event] = {}
+        self.aborted: list[str] = []
+        self._dead: asyncio.Future[str] | None = None
+        self.probes = 0
+
+    def start(self) -> None:
+        """Nothing to load."""
+
+    async def attach(self) -> None:
+        self._dead = asyncio.get_running_loop().create_future()
+
+    def die(self, cause: str) -> None:
+        """The scheduler is gone."""
+        assert self._dead is not None
+        self._dead.set_result(cause)
+        for event in self.live.values():
+            event.set()
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            engine="fake",
+            engine_version="1",
+            torch_version="",
+            nixl_version="1.5.1",
+            page_size=16,
+            max_total_tokens=4096,
+            max_running_requests=64,
+            max_batched_tokens=512,
+            max_prompt_tokens=CONTEXT - 6,
+            context_length=CONTEXT,
+            vocab_size=VOCABULARY,
+            tp_size=1,
+            pp_size=1,
+            dp_size=1,
+            kv_cache_dtype="float32",
+            kv_bytes_per_token=1,
+            transfer_backend="nixl",
+            eos_token_ids=(2,),
+            bos_token_id=1,
+            seeded_sampling=True,
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
+        self.seen.append(request)
+        stop = self.live[request.engine_id] = asyncio.Event()
+        try:
+            if self.behaviour.abort_message:
+                yield EngineDelta([], EngineFinish(Finish.ABORT, message=self.behaviour.abort_message, status=500))
+                return
+            if self.behaviour.hang:
+                await stop.wait()
+            async for delta in self._tokens(request, stop):
+                yield delta
+        finally:
+            del self.live[request.engine_id]
+
+    async def _tokens(self, request: EngineRequest, stop: asyncio.Event) -> AsyncIterator[EngineDelta]:
+        count = request.sampling.max_new_tokens
+        tokens = expected_tokens(request.token_ids, count)
+        if self.behaviour.wrong_first_token:
+            tokens[0] += 1
+        if request.room is not None:
+            await self._meet(request.room.room, stop)
+        if self.role is Role.PREFILL:
+            tokens, count = tokens[:1], 1
+        for index, token in enumerate(tokens, start=1):
+            if self.behaviour.token_seconds:
+                await _wait(stop, self.behaviour.token_seconds)
+            if stop.is_set():
+                self._raise_if_dead()
+                yield EngineDelta([], EngineFinish(Finish.ABORT, message="aborted"))
+                return
+            finish = None
+            if index == count:
+                finish = EngineFinish(Finish.LENGTH, prompt_tokens=len(request.token_ids), completion_tokens=count)
+            yield EngineDelta([token], finish)
+
+    async def _meet(self, room: int, stop: asyncio.Event) -> None:
+        mine, other = self.rooms.arrived[room], self.rooms.fetched[room]
+        if self.role is Role.DECODE:
+            mine, other = other, mine
+        else:
+            await _wait(stop, self.behaviour.prefill_seconds)
+        mine.set()
+        while not other.is_set() and not stop.is_set():
+            await _wait(other, 0.01)
+
+    def _raise_if_dead(self) -> None:
+        if self._dead is not None and self._dead.done():
+            raise EngineDeadError(self._dead.result())
+
+    async def abort(self, engine_id: str) -> None:
+        self.aborted.append(engine_id)
+        if (event := self.live.get(engine_id)) is not None:
+            event.set()
+
+    async def loads(self) -> list[EngineLoad]:
+        return [EngineLoad(0, len(self.live), 0, 16 * len(self.live), 4096)]
+
+    async def probe(self, dp_rank: int = 0) -> None:
+        self.probes += 1
+
+    async def wait_dead(self) -> str:
+        assert self._dead is not None
+        return await asyncio.shield(self._dead)
+
+    def shutdown(self) -> None:
+        """Nothing to end."""
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
