@@ -1,0 +1,117 @@
+"""The real thing, once per session: SGLang aggregated, then a prefill and a decode worker with NIXL between them.
+
+The aggregated worker runs first, answers what the pair is compared with, and is gone before the pair starts: two
+engines at a time is what two cores carry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from kvbaton.client import Client, SamplingParams
+from services.models.resolve import resolve_model_path
+from services.tools.cluster import LocalCluster
+from services.tools.options import ClusterOptions
+from tests.e2e.reference import NEW_TOKENS, PROMPT_LENGTHS, Reference, make_prompts
+from tests.support.ports import free_port
+
+# Small chunks, so that the longer prompts are prefilled in several.
+NATIVE_ARGS = ("--chunked-prefill-size", "128")
+AT_ONCE = 6
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy tokens by prompt length, sent one at a time and six at once."""
+
+    alone: dict[int, list[int]]
+    at_once: dict[int, list[int]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The disaggregated cluster, and the port of prefill's NIXL telemetry."""
+
+    cluster: LocalCluster
+    nixl_port: int
+
+    def client(self) -> Client:
+        """Of the frontend."""
+        return Client(self.cluster.grpc_endpoint, timeout=180.0)
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    return resolve_model_path("smollm2").path
+
+
+@pytest.fixture(scope="session")
+def prompts(model_path: Path) -> dict[int, list[int]]:
+    return make_prompts(model_path)
+
+
+@pytest.fixture(scope="session")
+def reference(model_path: Path, prompts: dict[int, list[int]]) -> Reference:
+    """transformers on the same weights in float32."""
+    return Reference.compute(model_path, prompts)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def aggregated_answers(prompts: dict[int, list[int]], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    options = ClusterOptions(
+        mode="agg",
+        device="cpu",
+        grpc_port=0,
+        http_port=0,
+        state_dir=tmp_path_factory.mktemp("agg"),
+        native_args=NATIVE_ARGS,
+    )
+    async with LocalCluster(options) as cluster, Client(cluster.grpc_endpoint, timeout=180.0) as client:
+        return await ask_all(client, prompts)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def pair(aggregated_answers: Answers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
+    nixl_port = free_port()
+    telemetry = {
+        "NIXL_TELEMETRY_ENABLE": "y",
+        "NIXL_TELEMETRY_EXPORTER": "prometheus",
+        "NIXL_TELEMETRY_PROMETHEUS_LOCAL": "y",
+        "NIXL_TELEMETRY_PROMETHEUS_PORT": str(nixl_port),
+    }
+    options = ClusterOptions(
+        mode="disagg",
+        device="cpu",
+        grpc_port=0,
+        http_port=0,
+        state_dir=tmp_path_factory.mktemp("disagg"),
+        native_args=NATIVE_ARGS,
+        env={"prefill": telemetry},
+    )
+    cluster = LocalCluster(options)
+    async with cluster:
+        yield Pair(cluster, nixl_port)
+    assert cluster.leftovers() == [], "no process and no port is left behind"
+
+
+async def ask_all(client: Client, prompts: dict[int, list[int]]) -> Answers:
+    """Every prompt alone, then all of them with six in flight."""
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    alone = {
+        length: (await client.generate(token_ids=prompts[length], sampling=sampling)).token_ids
+        for length in PROMPT_LENGTHS
+    }
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def one(length: int) -> list[int]:
+        async with slots:
+            return (await client.generate(token_ids=prompts[length], sampling=sampling)).token_ids
+
+    together = await asyncio.gather(*(one(length) for length in PROMPT_LENGTHS))
+    return Answers(alone, dict(zip(PROMPT_LENGTHS, together, strict=True)))
