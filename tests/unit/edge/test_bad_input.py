@@ -1,0 +1,315 @@
+"""Bad input gets a status of 4xx and OpenAI's error body that names the field, and never reaches the frontend."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from services.frontend.edge import EdgeOptions
+from tests.unit.edge.fakes import ScriptedGeneration
+from tests.unit.edge.harness import (
+    BODIES,
+    CHAT,
+    COMPLETION,
+    COMPLETIONS,
+    CONVERSATION,
+    ROUTES,
+    error_of,
+    in_memory,
+    refused,
+    served,
+)
+
+JSON = {"content-type": "application/json"}
+
+ON_BOTH: list[tuple[str, object]] = [
+    ("model", None),
+    ("model", ""),
+    ("model", 7),
+    ("temperature", "hot"),
+    ("temperature", True),
+    ("temperature", []),
+    ("top_p", {}),
+    ("top_k", 1.5),
+    ("top_k", 2**63),
+    ("min_p", "0.1"),
+    ("min_tokens", True),
+    ("max_tokens", "16"),
+    ("max_tokens", 16.5),
+    ("max_tokens", 2**70),
+    ("max_tokens", -(2**63) - 1),
+    ("seed", "x"),
+    ("seed", 2**64),
+    ("frequency_penalty", "a"),
+    ("presence_penalty", "a"),
+    ("repetition_penalty", "a"),
+    ("ignore_eos", 1),
+    ("ignore_eos", "true"),
+    ("skip_special_tokens", "no"),
+    ("stop", 5),
+    ("stop", {}),
+    ("stop_token_ids", 5),
+    ("stream", "yes"),
+    ("stream", 1),
+    ("stream_options", {"include_usage": True}),
+    ("stream_options", True),
+    ("user", 5),
+    ("n", 2),
+    ("n", True),
+    ("n", "1"),
+    ("logit_bias", {"50256": -100}),
+    ("logprobs", True),
+    ("logprobs", 5),
+    # Fields that other servers take, and one that nobody does.
+    ("guided_json", {}),
+    ("lora_path", "x"),
+    ("priority", 1),
+    ("temprature", 0.5),
+]
+ON_COMPLETIONS: list[tuple[str, object]] = [
+    ("prompt", None),
+    ("prompt", 5),
+    ("prompt", {}),
+    ("prompt", []),
+    ("prompt", [[]]),
+    ("prompt", ["a", "b"]),
+    ("prompt", [[1], [2]]),
+    ("prompt", ["a", 1]),
+    ("prompt", [1, "a"]),
+    ("prompt", [1.0]),
+    ("prompt", [True]),
+    ("prompt", [-1]),
+    ("prompt", [2**32]),
+    ("prompt", [[1, "a"]]),
+    ("prompt", [None]),
+    ("echo", True),
+    ("best_of", 2),
+    ("suffix", "end"),
+    ("logprobs", 0),
+    ("max_completion_tokens", 5),
+    ("messages", []),
+]
+ON_CHAT: list[tuple[str, object]] = [
+    ("messages", None),
+    ("messages", []),
+    ("messages", "Hi"),
+    ("messages", {}),
+    ("max_completion_tokens", "5"),
+    ("top_logprobs", 2),
+    ("tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("tool_choice", "auto"),
+    ("tool_choice", "required"),
+    ("functions", [{}]),
+    ("response_format", {"type": "json_object"}),
+    ("modalities", ["text", "audio"]),
+    ("audio", {}),
+    ("reasoning_effort", "high"),
+    ("store", True),
+    ("metadata", {"a": "b"}),
+    ("prompt", "x"),
+]
+CASES = (
+    [(route, name, value) for route in ROUTES for name, value in ON_BOTH]
+    + [(COMPLETIONS, name, value) for name, value in ON_COMPLETIONS]
+    + [(CHAT, name, value) for name, value in ON_CHAT]
+)
+
+
+@pytest.mark.parametrize(("route", "name", "value"), CASES)
+async def test_a_bad_field_is_refused_by_name(route: str, name: str, value: object) -> None:
+    error = await refused(ScriptedGeneration(), route, **{name: value})
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name}: ")
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] in {"invalid_field", "unsupported_field"}
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"content": "Hi"}, "messages[1].role"),
+        ({"role": "wizard", "content": "Hi"}, "messages[1].role"),
+        ({"role": "tool", "content": "Hi", "tool_call_id": "1"}, "messages[1].role"),
+        ({"role": "user"}, "messages[1].content"),
+        ({"role": "user", "content": None}, "messages[1].content"),
+        ({"role": "user", "content": 5}, "messages[1].content"),
+        ({"role": "user", "content": []}, "messages[1].content"),
+        ({"role": "user", "content": ["Hi"]}, "messages[1].content"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}, "messages[1].content"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[1].content"),
+        ({"role": "user", "content": "Hi", "name": 5}, "messages[1].name"),
+        ({"role": "assistant", "content": "Hi", "tool_calls": []}, "messages[1].tool_calls"),
+        ("Hi", "messages[1]"),
+    ],
+)
+async def test_a_bad_message_is_refused_by_its_place(message: object, param: str) -> None:
+    error = await refused(ScriptedGeneration(), CHAT, messages=[{"role": "user", "content": "Hi"}, message])
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(("name", "place"), [("stop", "stop[1]"), ("stop_token_ids", "stop_token_ids[1]")])
+async def test_a_bad_entry_is_refused_by_its_place(name: str, place: str) -> None:
+    good: object = "a" if name == "stop" else 1
+    assert (await refused(ScriptedGeneration(), COMPLETIONS, **{name: [good, None]}))["param"] == place
+
+
+async def test_an_unknown_stream_option_is_refused_by_name() -> None:
+    error = await refused(ScriptedGeneration(), CHAT, stream=True, stream_options={"continuous_usage_stats": True})
+    assert error["param"] == "stream_options.continuous_usage_stats"
+
+
+async def test_two_different_limits_contradict_each_other() -> None:
+    error = await refused(ScriptedGeneration(), CHAT, max_tokens=5, max_completion_tokens=6)
+    assert error["param"] == "max_tokens"
+
+
+async def test_the_message_names_every_bad_field() -> None:
+    error = await refused(ScriptedGeneration(), CHAT, temperature="hot", tools=[{}], guided_regex="a")
+    for name in ("temperature", "tools", "guided_regex"):
+        assert f"{name}: " in error["message"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"not json",
+        b'{"model": "a"} trailing',
+        b'{"model": "\xff\xfe"}',
+        b'{"model": "\\ud800"}',
+        b'{"temperature": NaN}',
+        b'{"temperature": 1e999}',
+        b"[" * 5000 + b"]" * 5000,
+        b"null",
+        b"[]",
+        b"[{}]",
+        b'"text"',
+        b"5",
+        b"false",
+    ],
+)
+async def test_a_body_that_is_no_json_object_is_refused(route: str, content: bytes) -> None:
+    generation = ScriptedGeneration()
+    async with in_memory(generation) as client:
+        response = await client.post(route, content=content, headers=JSON)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] is None
+    assert "JSON" in error["message"]
+    assert generation.requests == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content-type": "text/plain"},
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-type": "multipart/form-data; boundary=x"},
+        {"content-type": "application/json", "content-encoding": "gzip"},
+    ],
+)
+async def test_another_content_type_is_415(headers: dict[str, str]) -> None:
+    generation = ScriptedGeneration()
+    async with in_memory(generation) as client:
+        response = await client.post(COMPLETIONS, content=b'{"model": "a", "prompt": "b"}', headers=headers)
+    assert response.status_code == 415
+    assert error_of(response)["code"] == "unsupported_media_type"
+    assert generation.requests == []
+
+
+async def test_a_charset_parameter_is_no_other_content_type() -> None:
+    async with in_memory(ScriptedGeneration()) as client:
+        headers = {"content-type": "Application/JSON; charset=utf-8"}
+        response = await client.post(COMPLETIONS, content=b'{"model": "a", "prompt": "b"}', headers=headers)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/", 404, "route_not_found"),
+        ("POST", "/v1/embeddings", 404, "route_not_found"),
+        ("GET", "/v1/models/unknown", 404, "model_not_found"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("POST", "/v1/completions/", 404, "route_not_found"),
+        ("GET", "/v1/completions", 405, "method_not_allowed"),
+        ("PUT", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models/org/tiny", 405, "method_not_allowed"),
+        ("POST", "/health", 405, "method_not_allowed"),
+    ],
+)
+async def test_an_unknown_route_or_method(method: str, path: str, status: int, code: str) -> None:
+    async with in_memory(ScriptedGeneration()) as client:
+        response = await client.request(method, path)
+    assert response.status_code == status
+    assert error_of(response)["code"] == code
+    assert ("allow" in response.headers) == (status == 405)
+
+
+class TestBodySize:
+    LIMIT = 1000
+
+    def body(self, size: int) -> bytes:
+        empty = b'{"model": "a", "prompt": ""}'
+        return empty.replace(b'""', b'"' + b"x" * (size - len(empty)) + b'"')
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    @pytest.mark.parametrize(("over", "status"), [(0, 200), (1, 413)])
+    async def test_a_body_over_the_limit_is_413(self, chunked: bool, over: int, status: int) -> None:
+        generation = ScriptedGeneration()
+        body = self.body(self.LIMIT + over)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for start in range(0, len(body), 100):
+                yield body[start : start + 100]
+
+        async with in_memory(generation, EdgeOptions(max_body_bytes=self.LIMIT)) as client:
+            content = pieces() if chunked else body
+            response = await client.post(COMPLETIONS, content=content, headers=JSON)
+        assert response.status_code == status
+        assert len(generation.requests) == (1 if status == 200 else 0)
+        if status == 413:
+            assert error_of(response)["code"] == "body_too_large"
+
+    async def test_an_endless_body_is_refused_while_it_is_read(self) -> None:
+        async with served(ScriptedGeneration(), EdgeOptions(max_body_bytes=self.LIMIT)) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: edge\r\ncontent-type: application/json\r\n")
+            writer.write(b"transfer-encoding: chunked\r\n\r\n")
+            writer.write((b"400\r\n" + b"x" * 1024 + b"\r\n") * 2)
+            async with asyncio.timeout(5):
+                answer = await reader.read()
+            assert answer.startswith(b"HTTP/1.1 413 ")
+            writer.close()
+
+
+async def test_a_body_that_does_not_arrive_is_408() -> None:
+    async with served(ScriptedGeneration(), EdgeOptions(body_timeout_seconds=0.2)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: edge\r\ncontent-type: application/json\r\n")
+        writer.write(b'content-length: 100\r\n\r\n{"model":')
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"code":"body_timeout"' in answer
+        writer.close()
+
+
+@pytest.mark.parametrize("name", ["max_body_bytes", "body_timeout_seconds", "write_timeout_seconds"])
+def test_a_limit_of_zero_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        EdgeOptions(**{name: 0})
+
+
+def test_the_smallest_bodies_are_good() -> None:
+    """The tables above change one field of these."""
+    smallest: dict[str, dict[str, Any]] = {COMPLETIONS: COMPLETION, CHAT: CONVERSATION}
+    assert smallest == BODIES
