@@ -35,4 +35,12 @@ async def _serve(config: FrontendConfig) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with Frontend(config) as frontend:
         await stop.wait()
-        await frontend.drain()
+        stop.clear()
+        draining = asyncio.create_task(frontend.drain())
+        hurrying = asyncio.create_task(stop.wait())
+        await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            log.warning("second signal: not waiting for the drain")
+            frontend.generation.shut_down()
+        hurrying.cancel()
+        await draining

@@ -22,6 +22,9 @@ from services.telemetry import metrics
 
 log = structlog.get_logger()
 
+# Seconds for the workers to let go of what a shutdown ends.
+_ABORT_GRACE = 10.0
+
 
 class GenerationService:
     """Implements `Generation`."""
@@ -95,16 +98,21 @@ class GenerationService:
                 await self._empty.wait()
         except TimeoutError:
             log.warning("drain timed out", live=len(self._live), seconds=timeout)
-            for request_id in list(self._live):
-                self.abort(request_id)
+            self.shut_down()
             if self._tasks:
-                await asyncio.wait(set(self._tasks), timeout=10.0)
+                await asyncio.wait(set(self._tasks), timeout=_ABORT_GRACE)
+
+    def shut_down(self) -> None:
+        """Ends every live request with SHUTTING_DOWN."""
+        for request_id, owner in list(self._live.items()):
+            if owner is None:
+                self._cancelled_early.add(request_id)
+            else:
+                owner.end(shutting_down())
 
     def _admit(self, request_id: str) -> str:
         if self._draining:
-            raise RequestError(
-                grpc.StatusCode.UNAVAILABLE, Reason.SHUTTING_DOWN, "the frontend is shutting down", retry_after=1.0
-            )
+            raise shutting_down()
         if request_id in self._live:
             raise RequestError(
                 grpc.StatusCode.ALREADY_EXISTS,
@@ -162,3 +170,10 @@ class GenerationService:
             error=str(answer.error) if answer.error is not None else None,
             **{f"{phase}_s": round(seconds, 4) for phase, seconds in phases.items() if seconds is not None},
         )
+
+
+def shutting_down() -> RequestError:
+    """The error of a request that a stopping frontend refuses or ends."""
+    return RequestError(
+        grpc.StatusCode.UNAVAILABLE, Reason.SHUTTING_DOWN, "the frontend is shutting down", retry_after=1.0
+    )

@@ -40,7 +40,6 @@ def run_worker(config: WorkerConfig) -> int:
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        # The engine's arguments are checked before anything is downloaded or bound.
         return _Process(config).run()
     except (ModelResolutionError, PortTakenError, AdvertiseError, ValueError) as error:
         log.error("worker can't start", error=str(error))

@@ -402,3 +402,14 @@ async def test_a_leg_sent_by_hand_to_both_workers(cluster: FakeCluster) -> None:
         )
     assert first.token_ids == expected_tokens(PROMPT, 1)
     assert answer.token_ids == expected_tokens(PROMPT, 8)
+
+
+async def test_a_shutdown_ends_live_requests_with_a_typed_error(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    prefill.engine.behaviour.hang = True
+    running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
+    await eventually(lambda: prefill.engine.live)
+    cluster.frontend.generation.shut_down()
+    error = await failure(running)
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.SHUTTING_DOWN)
+    await eventually(lambda: not prefill.engine.live and not decode.engine.live, within=5)

@@ -11,6 +11,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 import grpc
 import structlog
@@ -36,8 +37,11 @@ _FINISH_REASONS = {
 }
 
 
-class _Cancelled:
-    """The client has left, or has asked for the end."""
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Somebody other than the legs ends the request: the client, or a shutdown."""
+
+    error: RequestError
 
 
 class RequestOwner:
@@ -56,7 +60,7 @@ class RequestOwner:
         self._clock = DeadlineClock(deadlines)
         self._ended = ended
         self._room = _fresh_room(placement)
-        self._events: asyncio.Queue[tuple[Role, LegEvent] | _Cancelled] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[Role, LegEvent] | _End] = asyncio.Queue()
         self._outputs: asyncio.Queue[Output | RequestError] = asyncio.Queue()
         self._legs: dict[Role, Leg] = {}
         self._open_legs: set[Role] = set()
@@ -99,7 +103,11 @@ class RequestOwner:
 
     def cancel(self) -> None:
         """See `LiveRequest`."""
-        self._events.put_nowait(_Cancelled())
+        self.end(RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, "the request was cancelled"))
+
+    def end(self, error: RequestError) -> None:
+        """Ends both legs; `outputs` then raises the error. Without effect on a request that has ended."""
+        self._events.put_nowait(_End(error))
 
     async def _own(self) -> None:
         outcome = "INTERNAL"
@@ -126,8 +134,8 @@ class RequestOwner:
         self._dispatch()
         while True:
             event = await self._next_event()
-            if isinstance(event, _Cancelled):
-                raise RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, "the request was cancelled")
+            if isinstance(event, _End):
+                raise event.error
             role, leg_event = event
             if isinstance(leg_event, LegFailed):
                 raise leg_event.error
@@ -165,7 +173,7 @@ class RequestOwner:
             self._open_legs.discard(role)
         self._events.put_nowait((role, event))
 
-    async def _next_event(self) -> tuple[Role, LegEvent] | _Cancelled:
+    async def _next_event(self) -> tuple[Role, LegEvent] | _End:
         if not self._events.empty():
             return self._events.get_nowait()
         try:
