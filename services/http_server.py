@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from services.transport import PortTakenError, join_host_port
 
 class _EmbeddedServer(uvicorn.Server):
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> Generator[None, None, None]:
         # The process that hosts us owns SIGTERM and SIGINT: it drains first, then stops this server.
         yield
 

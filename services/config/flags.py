@@ -89,8 +89,7 @@ def _parse(kind: Any, raw: str, source: str) -> Any:
             raise ConfigError(f"{source}: {raw!r} is not one of {', '.join(choices)}")
         return raw
     try:
-        parse: Callable[[str], Any] = _PARSERS.get(kind, kind)
-        return parse(raw)
+        return _PARSERS[kind](raw)
     except ValueError as error:
         raise ConfigError(f"{source}: {raw!r} is not {_metavar(kind).lower()}: {error}") from error
 
@@ -102,7 +101,13 @@ def _parse_bool(raw: str) -> bool:
     return lowered in _TRUE
 
 
-_PARSERS: dict[Any, Callable[[str], Any]] = {bool: _parse_bool, Path: lambda raw: Path(raw).expanduser()}
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    str: str,
+    int: int,
+    float: float,
+    bool: _parse_bool,
+    Path: lambda raw: Path(raw).expanduser(),
+}
 
 
 def _flag_name(field: dataclasses.Field[Any]) -> str:

@@ -82,7 +82,7 @@ class EtcdStatus:
 
 
 class EtcdClient:
-    """An etcd cluster. Stays on one endpoint until that fails, then goes to the next.
+    """An etcd cluster. Stays on one endpoint until that fails, then goes to the next; refused by all, it fails at once.
 
     `endpoints` are host:port, with or without http(s)://; `deadline` is seconds per call over all endpoints together.
     Use within one event loop; close it (or use it as an async context manager).

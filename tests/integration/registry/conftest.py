@@ -1,6 +1,7 @@
 """A real etcd per test, workers that register with it, and a watcher whose events can be waited for."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from kvbaton.v1.worker_pb2 import (
     Incarnation,
     WorkerRecord,
 )
-from services.registry.etcd import EtcdClient
+from services.registry.etcd import EtcdClient, EtcdError
 from services.registry.lease import LeaseKeeper
 from services.registry.local import LocalEtcd, find_binary
 from services.registry.publisher import RecordPublisher
@@ -129,8 +130,12 @@ class Harness:
 
     @staticmethod
     async def until_async(condition: Callable[[], Awaitable[object]], within: float = 5.0) -> None:
+        """As `until`; an etcd that can't be reached counts as not yet."""
         started = time.monotonic()
-        while not await condition():
+        while True:
+            with contextlib.suppress(EtcdError):
+                if await condition():
+                    return
             assert time.monotonic() - started < within, f"not within {within} s"
             await asyncio.sleep(0.02)
 

@@ -139,8 +139,8 @@ def without_decoder(make_tokenizer: MakeTokenizer) -> TextTokenizer:
 
 
 @pytest.fixture(
-    params=["smollm2", "byte_level", "llama_style", "gemma_style", "two_stripped", "metaspace", "wordpiece", "byte_level_stripped",
-            "without_decoder"]
+    params=["smollm2", "byte_level", "byte_level_stripped", "llama_style", "gemma_style", "two_stripped", "metaspace",
+            "wordpiece", "without_decoder"]
 )  # fmt: skip
 def any_tokenizer(request: pytest.FixtureRequest) -> TextTokenizer:
     tokenizer: TextTokenizer = request.getfixturevalue(request.param)

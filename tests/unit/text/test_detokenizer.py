@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.frontend.text import IncrementalDetokenizer, TextTokenizer
+from tests.unit.text.conftest import ids_of
 
 SHARED = settings(
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -110,6 +111,13 @@ def test_the_first_space_is_stripped_behind_skipped_tokens_too(llama_style: Text
     ids = [eos, eos, word, eos, eos, word, eos, word]
     pieces = pieces_of(IncrementalDetokenizer(llama_style), [[token_id] for token_id in ids])
     assert "".join(pieces) == "th th th"
+
+
+def test_a_space_behind_a_space_is_kept(llama_style: TextTokenizer, two_stripped: TextTokenizer) -> None:
+    for tokenizer in (llama_style, two_stripped):
+        ids = ids_of(tokenizer, ["a", "▁", "▁th"])
+        pieces = pieces_of(IncrementalDetokenizer(tokenizer), [[token_id] for token_id in ids])
+        assert "".join(pieces) == "a  th"
 
 
 def test_an_answer_behind_a_prompt_keeps_its_first_space(any_tokenizer: TextTokenizer) -> None:
