@@ -17,12 +17,17 @@ class FrontendConfig:
     http_port: int = flag(8000, "HTTP port of the OpenAI API, /health, /live and /metrics")
 
     max_live_requests: int = flag(4096, "requests accepted at once; more get RESOURCE_EXHAUSTED")
-    first_token_timeout: float = flag(120.0, "seconds from dispatch until the first token")
+    queue_timeout: float = flag(30.0, "seconds until a request has workers")
+    prefill_timeout: float = flag(60.0, "seconds from dispatch until prefill's token, for an empty prompt")
+    prefill_timeout_per_1k: float = flag(2.0, "more of them for every 1000 prompt tokens")
+    transfer_timeout: float = flag(10.0, "seconds from prefill's token until decode's first, for an empty KV cache")
+    transfer_timeout_per_gib: float = flag(10.0, "more of them for every GiB of KV cache")
     token_gap_timeout: float = flag(30.0, "seconds between two tokens")
     total_timeout: float = flag(1800.0, "seconds that one request may take")
     unregistered_grace: float = flag(
         60.0, "seconds that a worker stays routable without its etcd record, if it answers"
     )
+    retries: int = flag(2, "further attempts, before the first token, at a request whose workers failed")
     drain_timeout: float = flag(30.0, "seconds that live requests have to finish on SIGTERM")
 
     etcd: EtcdFlags = group(EtcdFlags)
@@ -30,9 +35,20 @@ class FrontendConfig:
     log: LogFlags = group(LogFlags)
 
     def __post_init__(self) -> None:
-        for name in ("first_token_timeout", "token_gap_timeout", "total_timeout", "drain_timeout"):
+        positive = (
+            "queue_timeout",
+            "prefill_timeout",
+            "transfer_timeout",
+            "token_gap_timeout",
+            "total_timeout",
+            "drain_timeout",
+        )
+        for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        for name in ("prefill_timeout_per_1k", "transfer_timeout_per_gib", "retries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
         if self.max_live_requests < 1:
             raise ValueError("--max-live-requests must be at least 1")
         for name in ("port", "http_port"):

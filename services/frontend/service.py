@@ -17,6 +17,7 @@ from services.frontend.request.deadlines import Deadlines
 from services.frontend.request.owner import RequestOwner
 from services.frontend.request.prepare import prepare
 from services.frontend.router.placement import RoundRobinRouter
+from services.frontend.router.worker import Worker
 from services.requests import check_request_id
 from services.telemetry import metrics
 
@@ -32,7 +33,6 @@ class GenerationService:
     def __init__(self, config: FrontendConfig, router: RoundRobinRouter) -> None:
         self._config = config
         self._router = router
-        self._deadlines = Deadlines(config.first_token_timeout, config.token_gap_timeout, config.total_timeout)
         # Ids from admission on; the owner is None while the request is being prepared.
         self._live: dict[str, RequestOwner | None] = {}
         self._cancelled_early: set[str] = set()
@@ -64,7 +64,6 @@ class GenerationService:
             prepared = await prepare(request, request_id, worker)
             if request_id in self._cancelled_early:
                 raise RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, "the request was cancelled")
-            placement = self._router.choose(prepared.model)
         except BaseException as error:
             # Also when the caller left while its prompt was being tokenized.
             self._forget(request_id)
@@ -72,7 +71,14 @@ class GenerationService:
                 raise
             metrics.REQUESTS.labels(request.model, error.code.name).inc()
             raise error.with_context(request_id=request_id) from error
-        owner = RequestOwner(prepared, placement, self._deadlines, received, self._request_ended)
+        owner = RequestOwner(
+            prepared,
+            self._router.choose,
+            deadlines=self._deadlines(worker, len(prepared.token_ids)),
+            retries=self._config.retries,
+            received=received,
+            ended=self._request_ended,
+        )
         self._live[request_id] = owner
         task = owner.start()
         self._tasks.add(task)
@@ -109,6 +115,17 @@ class GenerationService:
                 self._cancelled_early.add(request_id)
             else:
                 owner.end(shutting_down())
+
+    def _deadlines(self, worker: Worker, prompt_tokens: int) -> Deadlines:
+        config = self._config
+        cache_bytes = prompt_tokens * worker.record.runtime.kv_bytes_per_token
+        return Deadlines(
+            queue=config.queue_timeout,
+            prefill=config.prefill_timeout + config.prefill_timeout_per_1k * prompt_tokens / 1000,
+            transfer=config.transfer_timeout + config.transfer_timeout_per_gib * cache_bytes / 2**30,
+            token_gap=config.token_gap_timeout,
+            total=config.total_timeout,
+        )
 
     def _admit(self, request_id: str) -> str:
         if self._draining:
@@ -167,6 +184,7 @@ class GenerationService:
             model=owner.model,
             prompt_tokens=answer.prompt_tokens,
             completion_tokens=answer.completion_tokens,
+            attempts=owner.attempts,
             error=str(answer.error) if answer.error is not None else None,
             **{f"{phase}_s": round(seconds, 4) for phase, seconds in phases.items() if seconds is not None},
         )

@@ -290,14 +290,15 @@ async def test_nothing_hangs_longer_than_the_frontends_deadlines(etcd_endpoint: 
         etcd_endpoint,
         "deadlines",
         model_folder,  # type: ignore[arg-type]
-        first_token_timeout=0.5,
+        prefill_timeout=0.5,
+        transfer_timeout=0.5,
         token_gap_timeout=0.3,
         total_timeout=1.5,
     ) as cluster:
         prefill, decode = await cluster.start_pair()
         prefill.engine.behaviour.hang = True
         error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
-        assert (error.code, error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_FIRST_TOKEN)
+        assert (error.code, error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_PREFILL)
         prefill.engine.behaviour.hang = False
         decode.engine.behaviour.token_seconds = 0.4
         error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))

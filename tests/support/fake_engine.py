@@ -142,6 +142,8 @@ class FakeEngine:
             mine, other = other, mine
         else:
             await _wait(stop, self.behaviour.prefill_seconds)
+        if stop.is_set():
+            return  # what dies or is aborted hands nothing over
         mine.set()
         while not other.is_set() and not stop.is_set():
             await _wait(other, 0.01)

@@ -11,6 +11,11 @@ from kvbaton.v1 import generate_pb2
 
 
 @dataclass(frozen=True, slots=True)
+class LegAccepted:
+    """The worker has checked the leg and handed it to its engine."""
+
+
+@dataclass(frozen=True, slots=True)
 class LegTokens:
     """New tokens of a leg that goes on."""
 
@@ -32,12 +37,13 @@ class LegFailed:
     error: RequestError
 
 
-LegEvent = LegTokens | LegFinished | LegFailed
+LegEvent = LegAccepted | LegTokens | LegFinished | LegFailed
 LegSink = Callable[[LegEvent], None]
 
 
 class Leg(Protocol):
-    """One submitted leg. Its sink gets any number of LegTokens, then exactly one LegFinished or LegFailed."""
+    """One submitted leg. Its sink gets one LegAccepted, any number of LegTokens, then
+    exactly one LegFinished or LegFailed."""
 
     def abort(self) -> None:
         """Asks the worker to end it; the sink hears the end. Returns at once, idempotent, harmless after the end."""

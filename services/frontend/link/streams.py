@@ -9,7 +9,7 @@ import grpc.aio
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
-from services.frontend.link.protocol import LegFailed, LegFinished, LegSink, LegTokens
+from services.frontend.link.protocol import LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
 
 # Seconds for the Abort call itself, and for the stream to end after it; then the call is cancelled from our side.
 ABORT_CALL_TIMEOUT = 2.0
@@ -75,6 +75,10 @@ class StreamLeg:
     async def _read(self) -> None:
         finished = False
         try:
+            # The worker sends its headers once it has accepted the leg; a refusal has none.
+            await self._call.initial_metadata()
+            if not self._call.done():
+                self._sink(LegAccepted())
             async for response in self._call:
                 if response.HasField("finished"):
                     finished = True

@@ -2,6 +2,10 @@
 
 - `api`: what the edges see
 - `prepare`: checks, chat template, tokenization
-- `owner`: the one task that owns a request, from dispatch to its end
+- `owner`: the one task that owns a request, from the choice of workers to its end
+- `states`: the states of a request and every allowed step between them
+- `attempt`: one attempt: both legs on one pair, and how they are ended
+- `retry`: which failures another pair may cure
+- `answer`: tokens in, outputs out, times of the phases
 - `deadlines`: how long each phase may take
 """

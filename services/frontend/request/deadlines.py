@@ -1,4 +1,4 @@
-"""How long a request may take, in seconds: until its first token, between two tokens, and in all."""
+"""How long each phase of a request may take, in seconds."""
 
 from __future__ import annotations
 
@@ -8,15 +8,31 @@ from dataclasses import dataclass
 import grpc
 
 from kvbaton.errors import Reason, RequestError
+from services.frontend.request.states import State
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """The limits of one request."""
+    """The limits of one request, its length taken into account."""
 
-    first_token: float
+    queue: float
+    """Until workers are chosen."""
+    prefill: float
+    """From dispatch until prefill's token: hand-shake, prefill's queue and computation."""
+    transfer: float
+    """From prefill's token until decode's first."""
     token_gap: float
+    """Between two tokens."""
     total: float
+
+
+_REASONS = {
+    State.ADMITTED: (Reason.DEADLINE_QUEUE, "no workers"),
+    State.BOOTSTRAPPING: (Reason.DEADLINE_PREFILL, "prefill has not ended"),
+    State.PREFILLING: (Reason.DEADLINE_PREFILL, "prefill has not ended"),
+    State.TRANSFERRING: (Reason.DEADLINE_TRANSFER, "no first token from decode"),
+    State.DECODING: (Reason.DEADLINE_TOKEN_GAP, "no further token"),
+}
 
 
 class DeadlineClock:
@@ -24,13 +40,27 @@ class DeadlineClock:
 
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
-        self._total_at = time.monotonic() + deadlines.total
-        self._phase_at = time.monotonic() + deadlines.first_token
-        self._first_token = False
+        now = time.monotonic()
+        self._total_at = now + deadlines.total
+        self._phase = State.ADMITTED
+        self._phase_seconds = deadlines.queue
+        self._phase_at = now + deadlines.queue
+
+    def enter(self, state: State) -> None:
+        """The request is in this state now. Bootstrapping and prefilling share one deadline."""
+        seconds = {
+            State.ADMITTED: self._deadlines.queue,
+            State.BOOTSTRAPPING: self._deadlines.prefill,
+            State.TRANSFERRING: self._deadlines.transfer,
+            State.DECODING: self._deadlines.token_gap,
+        }.get(state)
+        self._phase = state
+        if seconds is not None:
+            self._phase_seconds = seconds
+            self._phase_at = time.monotonic() + seconds
 
     def token(self) -> None:
-        """A token came: from now on the gap counts."""
-        self._first_token = True
+        """A token came."""
         self._phase_at = time.monotonic() + self._deadlines.token_gap
 
     def remaining(self) -> float:
@@ -41,8 +71,7 @@ class DeadlineClock:
         """The error of the deadline that has passed."""
         if self._total_at <= self._phase_at:
             reason, what, seconds = Reason.DEADLINE_TOTAL, "no end", self._deadlines.total
-        elif self._first_token:
-            reason, what, seconds = Reason.DEADLINE_TOKEN_GAP, "no further token", self._deadlines.token_gap
         else:
-            reason, what, seconds = Reason.DEADLINE_FIRST_TOKEN, "no first token", self._deadlines.first_token
+            reason, what = _REASONS[self._phase]
+            seconds = self._phase_seconds
         return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, reason, f"{what} within {seconds:g} s")

@@ -69,30 +69,36 @@ class RoundRobinRouter:
             raise self._no_worker(name)
         return targets[0]
 
-    def choose(self, model: str) -> Placement:
-        """The workers of the next request. Raises RequestError with UNAVAILABLE and what is missing."""
-        targets = self._targets(model)
+    def choose(self, model: str, excluded: frozenset[str] = frozenset()) -> Placement:
+        """The workers of the next request, without those of the `excluded` instance ids.
+
+        Raises RequestError with UNAVAILABLE and what is missing.
+        """
+        targets = self._targets(model, excluded)
         if not targets:
             raise self._no_worker(model)
         decode = targets[self._next_decode % len(targets)]
         self._next_decode += 1
         if decode.role is Role.AGGREGATED:
             return Placement(decode)
-        prefills = self._prefills_for(decode)
+        prefills = self._prefills_for(decode, excluded)
         prefill = prefills[self._next_prefill % len(prefills)]
         self._next_prefill += 1
         return Placement(decode, prefill)
 
-    def _targets(self, model: str | None) -> list[Worker]:
+    def _targets(self, model: str | None, excluded: frozenset[str] = frozenset()) -> list[Worker]:
         """Workers that can stream an answer: aggregated ones, and decode workers with a prefill worker that fits."""
-        decodes = [worker for worker in self._workers.routable(Role.DECODE, model) if self._prefills_for(worker)]
-        return decodes + self._workers.routable(Role.AGGREGATED, model)
+        decodes = [
+            worker for worker in self._workers.routable(Role.DECODE, model) if self._prefills_for(worker, excluded)
+        ]
+        candidates = decodes + self._workers.routable(Role.AGGREGATED, model)
+        return [worker for worker in candidates if worker.instance_id not in excluded]
 
-    def _prefills_for(self, decode: Worker) -> list[Worker]:
+    def _prefills_for(self, decode: Worker, excluded: frozenset[str] = frozenset()) -> list[Worker]:
         return [
             worker
             for worker in self._workers.routable(Role.PREFILL, decode.record.model.name)
-            if worker.record.compat_hash == decode.record.compat_hash
+            if worker.record.compat_hash == decode.record.compat_hash and worker.instance_id not in excluded
         ]
 
     def _no_worker(self, model: str) -> RequestError:

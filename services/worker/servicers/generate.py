@@ -50,6 +50,8 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         timings = _Timings(received)
         legs.run(leg, loaded.engine.generate(_with_engine_id(engine_request, leg)))
         try:
+            # Headers now, not with the first token: they tell the frontend that the leg is accepted.
+            await context.send_initial_metadata(())
             async for delta in leg.deltas():
                 timings.token(delta)
                 if delta.finish is not None and delta.finish.reason is Finish.ABORT:

@@ -1,0 +1,128 @@
+"""What the client gets of a request, and when each part of it came."""
+
+from __future__ import annotations
+
+import time
+
+from kvbaton.errors import RequestError
+from kvbaton.v1 import generate_pb2
+from services.frontend.link.protocol import LegFinished, LegTokens
+from services.frontend.request.api import Finished, FinishReason, Output, Timings
+from services.frontend.request.prepare import PreparedRequest
+from services.frontend.router.placement import Placement
+
+_FINISH_REASONS = {
+    generate_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    generate_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+
+
+class Answer:
+    """Tokens in, outputs out; the phases' times of the last attempt."""
+
+    def __init__(self, prepared: PreparedRequest, received: float) -> None:
+        self._prepared = prepared
+        self._received = received
+        self._placement: Placement | None = None
+        self._dispatched: float | None = None
+        self._prefilled: float | None = None
+        self._first: float | None = None
+        self._last: float | None = None
+        self._tokens = 0
+        self.complete: Finished | None = None
+        self.error: RequestError | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self._prepared.token_ids)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens sent so far."""
+        return self._tokens
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from receipt."""
+        return None if self._first is None else self._first - self._received
+
+    def dispatched(self, placement: Placement) -> None:
+        """Both legs of an attempt are on their way."""
+        self._placement = placement
+        self._dispatched, self._prefilled = time.monotonic(), None
+
+    def prefilled(self) -> None:
+        """Prefill's token has left its engine."""
+        if self._prefilled is None:
+            self._prefilled = time.monotonic()
+
+    def take(self, event: LegTokens | LegFinished) -> Output:
+        """Decode's next tokens as an output; `finished` is set when the answer ends here, also at a stop string."""
+        self._last = time.monotonic()
+        if self._first is None and event.token_ids:
+            self._first = self._last
+        token_ids, before = event.token_ids, self._tokens
+        self._tokens += len(token_ids)
+        text, stopped = ("", None) if self._prepared.text is None else self._text(event)
+        if stopped is not None:
+            return self._finished(Output(token_ids[: max(0, self._tokens - before)], text), stopped=stopped)
+        if isinstance(event, LegFinished):
+            return self._finished(Output(token_ids, text), finished=event.finished)
+        return Output(token_ids, text)
+
+    def timings(self) -> Timings:
+        """Seconds of each phase as far as it got."""
+        disaggregated = self._placement is not None and self._placement.prefill is not None
+        # Prefill's stream ends after the transfer; whichever told first bounds the prefill phase.
+        prefilled = self._prefilled if disaggregated else self._first
+        if prefilled is not None and self._first is not None:
+            prefilled = min(prefilled, self._first)
+        return Timings(
+            queue=_between(self._received, self._dispatched),
+            prefill=_between(self._dispatched, prefilled),
+            transfer=_between(prefilled, self._first) if disaggregated else None,
+            decode=_between(self._first, self._last),
+        )
+
+    def _text(self, event: LegTokens | LegFinished) -> tuple[str, str | None]:
+        """New text and the stop string that was hit; at the end, the rest of the text."""
+        output = self._prepared.text
+        assert output is not None
+        token_ids = event.token_ids
+        if isinstance(event, LegFinished) and event.finished.WhichOneof("matched") == "matched_token_id":
+            # The token that ended the answer is counted, but is no text of it.
+            token_ids = token_ids[:-1]
+        delta = output.push(token_ids)
+        text = delta.text
+        if delta.stopped is None and isinstance(event, LegFinished):
+            delta = output.finish()
+            text += delta.text
+        if delta.stopped is not None:
+            self._tokens = delta.token_count_used
+        return text, delta.stopped
+
+    def _finished(
+        self, output: Output, *, finished: generate_pb2.Finished | None = None, stopped: str | None = None
+    ) -> Output:
+        placement = self._placement
+        assert placement is not None
+        matched = None
+        if finished is not None and finished.WhichOneof("matched") == "matched_token_id":
+            matched = finished.matched_token_id
+        self.complete = Finished(
+            reason=FinishReason.STOP if finished is None else _FINISH_REASONS[finished.reason],
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self._tokens,
+            cached_prompt_tokens=finished.usage.cached_prompt_tokens if finished is not None else 0,
+            matched_token_id=matched,
+            matched_stop=stopped,
+            timings=self.timings(),
+            prefill_worker=placement.prefill.instance_id if placement.prefill is not None else "",
+            decode_worker=placement.decode.instance_id,
+        )
+        return Output(output.token_ids, output.text, self.complete)
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else max(0.0, end - start)

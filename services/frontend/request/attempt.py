@@ -1,0 +1,151 @@
+"""One attempt at a request: the same request sent to one pair, its two legs, and how they are ended."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import Callable
+
+import grpc
+import structlog
+
+from kvbaton.errors import Reason, RequestError
+from kvbaton.v1 import generate_pb2
+from services.frontend.link.protocol import Leg, LegEvent, LegFailed, LegFinished, LegTokens
+from services.frontend.request.prepare import PreparedRequest
+from services.frontend.router.placement import Placement
+from services.frontend.router.worker import Worker
+from services.requests import ROOM_LIMIT, Role, Room
+
+log = structlog.get_logger()
+
+# Seconds that a finished answer waits for prefill's own end, so that its token can be compared.
+PREFILL_END_TIMEOUT = 5.0
+
+
+class Attempt:
+    """Sends both legs when made. `sink` gets the events of both, tagged with the attempt and the role.
+
+    Room, request ids and pair belong to this attempt alone; a retry is another attempt.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRequest,
+        placement: Placement,
+        sink: Callable[[Attempt, Role, LegEvent], None],
+    ) -> None:
+        self.placement = placement
+        self.room = _fresh_room(placement)
+        self.hand_over = HandOver()
+        self._prepared = prepared
+        self._sink = sink
+        self._legs: dict[Role, Leg] = {}
+        self._open: set[Role] = set()
+        self._waiting_for: set[Role] = set()
+
+    def dispatch(self) -> None:
+        """The same request to both legs at once: decode reserves pages while prefill computes."""
+        for worker in reversed(self.placement.workers):
+            worker.request_began()
+            self._open.add(worker.role)
+            self._waiting_for.add(worker.role)
+        for worker in reversed(self.placement.workers):
+            self._legs[worker.role] = worker.link.submit(self._request(worker), self._leg_sink(worker.role))
+
+    @property
+    def accepted(self) -> bool:
+        """Whether every worker has its leg."""
+        return not self._waiting_for
+
+    @property
+    def room_number(self) -> int:
+        """0 for an aggregated worker."""
+        return 0 if self.room is None else self.room.room
+
+    async def close(self, *, answered: bool) -> None:
+        """Ends what still runs, prefill first.
+
+        NIXL writes are one-sided: while the prefill leg lives it may write into decode's pages, so decode must not let
+        go of them (and give them to another request) before prefill has ended or can't be reached any more. After a
+        complete answer (`answered`) prefill gets the moment that it needs to end by itself.
+        """
+        prefill = self._legs.get(Role.PREFILL)
+        if prefill is not None and Role.PREFILL in self._open:
+            if answered:
+                await self._await_end(prefill)
+            if Role.PREFILL in self._open:
+                prefill.abort()
+                await prefill.ended()
+        for role, leg in self._legs.items():
+            if role in self._open:
+                leg.abort()
+            await leg.ended()
+        for worker in self.placement.workers:
+            worker.request_ended()
+
+    async def _await_end(self, prefill: Leg) -> None:
+        try:
+            async with asyncio.timeout(PREFILL_END_TIMEOUT):
+                await prefill.ended()
+        except TimeoutError:
+            log.warning("prefill leg outlives its request", request_id=self._prepared.request_id)
+
+    def _leg_sink(self, role: Role) -> Callable[[LegEvent], None]:
+        def sink(event: LegEvent) -> None:
+            self._waiting_for.discard(role)
+            if isinstance(event, LegFinished | LegFailed):
+                self._open.discard(role)
+            self._sink(self, role, event)
+
+        return sink
+
+    def _request(self, worker: Worker) -> generate_pb2.GenerateRequest:
+        request = generate_pb2.GenerateRequest(
+            request_id=uuid.uuid4().hex,
+            model=self._prepared.model,
+            token_ids=generate_pb2.TokenIds(ids=self._prepared.token_ids),
+            sampling=self._prepared.sampling.to_proto(),
+        )
+        if self.room is not None:
+            request.bootstrap.CopyFrom(self.room.to_proto())
+        return request
+
+
+class HandOver:
+    """Compares prefill's one token with decode's first, whichever comes first.
+
+    They are the same token, sent two ways: over gRPC, and with the KV cache. If they differ, decode reads pages that
+    are not this request's.
+    """
+
+    def __init__(self) -> None:
+        self._prefill: int | None = None
+        self._decode: int | None = None
+
+    def take(self, role: Role, event: LegTokens | LegFinished) -> None:
+        """Raises RequestError when the tokens differ."""
+        if not event.token_ids:
+            return
+        if role is Role.PREFILL and self._prefill is None:
+            self._prefill = event.token_ids[0]
+        elif role is not Role.PREFILL and self._decode is None:
+            self._decode = event.token_ids[0]
+        else:
+            return
+        if self._prefill is not None and self._decode is not None and self._prefill != self._decode:
+            raise RequestError(
+                grpc.StatusCode.DATA_LOSS,
+                Reason.FIRST_TOKEN_MISMATCH,
+                f"prefill generated token {self._prefill} first, decode {self._decode}:"
+                " the KV cache is not this request's",
+            )
+
+
+def _fresh_room(placement: Placement) -> Room | None:
+    """A room nobody has used: SGLang takes `room % dp_size` as the prefill rank, and 0 for "not landed"."""
+    if placement.prefill is None:
+        return None
+    endpoint = placement.prefill.record.bootstrap
+    return Room(endpoint.host, endpoint.port, 1 + secrets.randbelow(ROOM_LIMIT - 1))

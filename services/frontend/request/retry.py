@@ -1,0 +1,57 @@
+"""Which failures another pair may cure, and which workers it must do without."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import grpc
+
+from kvbaton.errors import Reason, RequestError
+from services.frontend.router.placement import Placement
+
+# The worker that says so, or that can't be reached, is at fault; its peer is not.
+_ONE_WORKERS_FAULT = frozenset(
+    {
+        Reason.WORKER_UNREACHABLE,
+        Reason.WORKER_NOT_SERVING,
+        Reason.WORKER_DRAINING,
+        Reason.SHUTTING_DOWN,
+        Reason.ENGINE_DEAD,
+        Reason.LEG_ENDED_EARLY,
+    }
+)
+# A hand-over that failed, or took too long: either side may be the cause.
+_EITHER_ONES_FAULT = frozenset({Reason.ENGINE_ABORTED, Reason.DEADLINE_PREFILL, Reason.DEADLINE_TRANSFER})
+
+_JITTER_SECONDS = 0.05
+
+
+@dataclass
+class RetryPolicy:
+    """Attempts of one request before its first token. `excluded` are instance ids."""
+
+    retries_left: int
+    excluded: set[str] = field(default_factory=set[str])
+
+    def allows(self, error: RequestError, placement: Placement) -> bool:
+        """Whether to try again; excludes the workers at fault."""
+        if self.retries_left <= 0 or not retryable(error):
+            return False
+        self.retries_left -= 1
+        at_fault = [worker for worker in placement.workers if worker.role.value == error.leg]
+        if error.reason in _EITHER_ONES_FAULT or not at_fault:
+            at_fault = placement.workers
+        self.excluded.update(worker.instance_id for worker in at_fault)
+        return True
+
+    def pause(self) -> float:
+        """Seconds until the next attempt: a little, and not the same for every request of a failed worker."""
+        return random.uniform(0, _JITTER_SECONDS)
+
+
+def retryable(error: RequestError) -> bool:
+    """Whether the failure was the workers' and not the request's."""
+    if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return False
+    return error.reason in _ONE_WORKERS_FAULT | _EITHER_ONES_FAULT
