@@ -160,7 +160,7 @@ class Engine(Protocol):
     async def probe(self, dp_rank: int = 0) -> None:
         """One real one-token generation on that rank; in a prefill or decode role it moves no KV cache.
 
-        Raises EngineDeadError, or RuntimeError with what came back instead of a token.
+        Raises EngineDeadError, TimeoutError, or RuntimeError with what came back instead of a token.
         """
         ...
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import gc
 import os
-import shutil
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,21 @@ from services.worker.engines.protocol import (
     EngineLoad,
     EngineRefusedError,
     EngineRequest,
+    Role,
     Room,
     Sampling,
 )
-from services.worker.engines.sglang_cpu_child import run_scheduler
+from services.worker.engines.sglang_child import run_detokenizer, run_scheduler
 from services.worker.engines.sglang_death import DeathWatch, take_sigquit
 from services.worker.engines.sglang_introspect import engine_info
 from services.worker.engines.sglang_launch import (
     SglangOptions,
+    TmpDir,
     apply_environment,
     default_fields,
     forced_fields,
-    make_tmp_dir,
     prepare_import_path,
+    remove_stale_tmp_dirs,
     require_free_port,
 )
 from services.worker.engines.sglang_logging import write_logging_config
@@ -56,6 +59,9 @@ _FIRST_SNAPSHOT_TIMEOUT_S = 10.0
 _LOADS_TIMEOUT_S = 1.0
 _ABORT_RETRY_S = 0.01
 _KILL_TIMEOUT_S = 30.0
+# Past SGLang's own time-outs, whose messages say more.
+_BACKSTOP_MARGIN_S = 2.0
+_SPAWN_SETTLING_S = 0.1
 
 _log = structlog.get_logger(__name__)
 
@@ -72,7 +78,9 @@ class SglangEngine:
         self._outputs: asyncio.Task[None] | None = None
         self._dead: asyncio.Future[str] | None = None
         self._info: EngineInfo | None = None
-        self._tmp_dir: Path | None = None
+        self._tmp_dir: TmpDir | None = None
+        self._load_reader = ThreadPoolExecutor(1, thread_name_prefix="sglang-loads")
+        self._reading: asyncio.Future[Sequence[Any]] | None = None
         self._closing = threading.Lock()
         self._closed = False
 
@@ -82,22 +90,27 @@ class SglangEngine:
             raise RuntimeError("an SGLang engine has to be built in the main thread")
         options = self._options
         prepare_import_path(options.device)
-        if options.role.value == "prefill":
+        if options.role is Role.PREFILL:
             require_free_port(options.bootstrap_host, options.bootstrap_port)
-        self._tmp_dir = make_tmp_dir(options.tmp_root)
-        apply_environment(options, self._tmp_dir, os.environ)
+        remove_stale_tmp_dirs(options.tmp_root)
+        self._tmp_dir = TmpDir(options.tmp_root)
+        apply_environment(options, self._tmp_dir.path, os.environ)
         # Its first start would unblock SIGTERM and SIGINT in the thread that builds.
         resource_tracker.ensure_running()
         take_sigquit(self._death)
         self._death.launching = True
+        gc.disable()  # full collections of what SGLang imports would stall the threads that serve meanwhile
         try:
-            self._sglang = self._build(self._tmp_dir)
+            self._sglang = self._build(self._tmp_dir.path)
             self._death.launching = False
             self._after_launch()
         except Exception as error:
             self._death.launching = False
             self.shutdown()
             raise RuntimeError(f"SGLang could not be started: {error}") from error
+        finally:
+            gc.freeze()
+            gc.enable()
 
     async def attach(self) -> None:
         """See the protocol."""
@@ -133,8 +146,11 @@ class SglangEngine:
 
     async def abort(self, engine_id: str) -> None:
         """See the protocol. Also for a request whose iterator was dropped."""
-        live = self._live.get(engine_id)
-        if live is None or live.aborting:
+        if (live := self._live.get(engine_id)) is not None:
+            self._abort(live)
+
+    def _abort(self, live: LiveRequest) -> None:
+        if live.aborting:
             return
         live.aborting = True
         asyncio.get_running_loop().call_later(
@@ -147,11 +163,14 @@ class SglangEngine:
     async def loads(self) -> list[EngineLoad]:
         """See the protocol. Reads shared memory that the schedulers write after each batch and when they fall idle.
 
-        In a thread: the file is locked while it is read, and a frozen scheduler might hold the lock.
+        In one thread of the engine's own: the file is locked while it is read, a frozen scheduler may hold the lock,
+        and neither reader nor lock is made for several threads. Callers that come meanwhile share the read.
         """
         self._raise_if_dead()
-        reader: Any = self._sglang.tokenizer_manager.load_snapshot_reader
-        snapshots: Sequence[Any] = await asyncio.wait_for(asyncio.to_thread(reader.read_all), _LOADS_TIMEOUT_S)
+        if self._reading is None or self._reading.done():
+            reader: Any = self._sglang.tokenizer_manager.load_snapshot_reader
+            self._reading = asyncio.get_running_loop().run_in_executor(self._load_reader, reader.read_all)
+        snapshots: Sequence[Any] = await asyncio.wait_for(asyncio.shield(self._reading), _LOADS_TIMEOUT_S)
         return [compat.load_of(snapshot) for snapshot in snapshots]
 
     async def probe(self, dp_rank: int = 0) -> None:
@@ -172,10 +191,12 @@ class SglangEngine:
                     if delta.finish is not None:
                         ending = f"{delta.finish.reason} {delta.finish.message}".strip()
         except TimeoutError:
-            await self.abort(request.engine_id)
-            raise RuntimeError(f"no token within {self._options.probe_timeout_s:g} s") from None
+            raise TimeoutError(f"no token within {self._options.probe_timeout_s:g} s") from None
         except EngineRefusedError as error:
             raise RuntimeError(f"the probe was refused: {error}") from error
+        finally:
+            # Also when the caller leaves: an unread probe would stay in the engine. Nothing happens if it has ended.
+            await self.abort(request.engine_id)
         if len(tokens) != 1:
             raise RuntimeError(f"the probe got {len(tokens)} tokens and then {ending}")
 
@@ -186,27 +207,27 @@ class SglangEngine:
         return await asyncio.shield(self._dead)
 
     def shutdown(self) -> None:
-        """See the protocol. Kills every child of this process; during `start`, from another thread, those too."""
+        """See the protocol. Kills every child of this process; during `start`, from another thread, those too.
+
+        SGLang's own shutdown isn't used: it kills the resource tracker too, and what the children left in
+        /dev/shm then stays there.
+        """
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-            self._death.launching = False
+            launching, self._death.launching = self._death.launching, False
             self._death.declare("the engine was shut down")
-            leftovers = [self._tmp_dir] if self._tmp_dir else []
             if self._sglang is not None:
-                if snapshots := compat.snapshot_file(self._sglang.tokenizer_manager):
-                    leftovers.append(Path(snapshots))
-                try:
-                    self._sglang.shutdown()
-                except Exception as error:  # noqa: BLE001 - what it leaves is swept up below
-                    _log.warning("sglang_shutdown_failed", error=str(error))
+                compat.stop_host_side(self._sglang)
             _kill_children()
-            for leftover in leftovers:
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+            if launching:  # in another thread, which may have been about to spawn; what still slips by ends itself
+                time.sleep(_SPAWN_SETTLING_S)
+                _kill_children()
+            if self._sglang is not None and (snapshots := compat.snapshot_file(self._sglang.tokenizer_manager)):
+                Path(snapshots).unlink(missing_ok=True)
+            if self._tmp_dir is not None:
+                self._tmp_dir.remove()
 
     def _build(self, tmp_dir: Path) -> Any:
         options = self._options
@@ -217,10 +238,11 @@ class SglangEngine:
             forced=forced_fields(options),
         )
         write_logging_config(str(server_args.log_level), tmp_dir, os.environ)
-        engine: Any = compat.engine_class()
-        if options.device == "cpu":
-            engine = type("CpuEngine", (engine,), {"run_scheduler_process_func": staticmethod(run_scheduler)})
-        return engine(server_args=server_args)
+        entry_points = {
+            "run_scheduler_process_func": staticmethod(run_scheduler),
+            "run_detokenizer_process_func": staticmethod(run_detokenizer),
+        }
+        return type("HostedEngine", (compat.engine_class(),), entry_points)(server_args=server_args)
 
     def _after_launch(self) -> None:
         sglang = self._sglang
@@ -255,14 +277,24 @@ class SglangEngine:
         async def open_stream() -> AsyncIterator[Chunk]:
             return await self._sglang.async_generate(**arguments)
 
+        loop = asyncio.get_running_loop()
+        backstop = loop.call_later(self._options.backstop_timeout_s + _BACKSTOP_MARGIN_S, self._backstop, live)
+
         def forget(_pump: asyncio.Task[None]) -> None:
+            backstop.cancel()
             self._live.pop(live.engine_id, None)
             self._pumps.pop(live.engine_id, None)
 
         self._live[live.engine_id] = live
-        pump = asyncio.get_running_loop().create_task(live.pump(open_stream), name=f"sglang-{live.engine_id}")
+        pump = loop.create_task(live.pump(open_stream), name=f"sglang-{live.engine_id}")
         self._pumps[live.engine_id] = pump
         pump.add_done_callback(forget)
+
+    def _backstop(self, live: LiveRequest) -> None:
+        """Abort a prefill leg whose peer never came: SGLang 0.5.17 keeps it for ever over NIXL."""
+        if self._options.role is Role.PREFILL and not live.done:
+            _log.warning("prefill_leg_aborted_by_backstop", engine_id=live.engine_id)
+            self._abort(live)
 
     def _send_abort(self, live: LiveRequest) -> None:
         """Abort in the scheduler, as soon as it knows the request."""
@@ -306,9 +338,12 @@ def _kill_children() -> None:
 
 
 def _running_children() -> list[psutil.Process]:
+    """Without multiprocessing's resource tracker, which cleans up after the others and ends with this process."""
+    tracker: int | None = getattr(resource_tracker, "_resource_tracker")._pid  # noqa: B009, SLF001
+
     def runs(process: psutil.Process) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
             return process.status() != psutil.STATUS_ZOMBIE
         return False
 
-    return [child for child in psutil.Process().children(recursive=True) if runs(child)]
+    return [each for each in psutil.Process().children(recursive=True) if each.pid != tracker and runs(each)]

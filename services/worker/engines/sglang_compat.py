@@ -135,6 +135,16 @@ def load_of(snapshot: Any) -> EngineLoad:
     )
 
 
+def stop_host_side(engine: Any) -> None:
+    """The part of SGLang's own `Engine.shutdown` that concerns this process and not its children."""
+    watchdog = engine.tokenizer_manager._subprocess_watchdog  # noqa: SLF001
+    if watchdog is not None:
+        watchdog.stop()
+    if engine.send_to_rpc is not None:
+        engine.send_to_rpc.close(linger=0)
+        engine.send_to_rpc = None
+
+
 def snapshot_file(tokenizer_manager: Any) -> str | None:
     """The shared-memory file of the load snapshots, which SGLang leaves behind in /dev/shm."""
     reader = tokenizer_manager.load_snapshot_reader

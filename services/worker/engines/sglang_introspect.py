@@ -81,8 +81,8 @@ def kv_bytes_per_token(model: Any, args: Mapping[str, Any], kv_dtype: str) -> in
 def _bytes_of(dtype: str) -> int:
     torch: Any = import_module("torch")
     named = {"fp8_e5m2": "float8_e5m2", "fp8_e4m3": "float8_e4m3fn", "bf16": "bfloat16"}.get(dtype, dtype)
-    found = getattr(torch, named, None)
-    return int(found.itemsize) if isinstance(found, torch.dtype) else 0
+    found: Any = getattr(torch, named, None)
+    return int(getattr(found, "itemsize", 0))
 
 
 def _version_of(package: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import getpass
 import os
+import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,9 +22,9 @@ from services.worker.engines.sglang_death import on_sigquit
 
 CPU_STANDINS = Path(__file__).parent / "cpu_standins"
 
-# sockaddr_un holds 107 bytes; SGLang adds "/tmpxxxxxxxx" to the folder.
 _IPC_PATH_LIMIT = 107
-_IPC_NAME_LENGTH = len("/tmp12345678")
+_TMP_PREFIX = "kvb-"
+_TMP_SETTLING_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,8 @@ class SglangOptions:
     abort_timeout_s: float = 5.0
     """How long an aborted request may take to end; its iterator ends then whatever the engine does."""
 
-    probe_timeout_s: float = 30.0
+    probe_timeout_s: float = 25.0
+    """Shorter than the deadline of whoever asks, so that the engine says why."""
 
     log_level: str = "warning"
     """SGLang's own; `--log-level` among the native arguments wins."""
@@ -134,6 +138,8 @@ def environment(options: SglangOptions, tmp_dir: Path, inherited: Mapping[str, s
             Path(inherited.get("TMPDIR") or options.tmp_root) / f"torchinductor_{getpass.getuser()}"
         ),
     }
+    if options.log_level.lower() not in ("debug", "info"):
+        defaults["NIXL_LOG_LEVEL"] = "WARN"  # it writes to stdout
     if Path(options.model_path).exists():
         defaults["HF_HUB_OFFLINE"] = "1"
     if options.transfer_host:
@@ -142,6 +148,8 @@ def environment(options: SglangOptions, tmp_dir: Path, inherited: Mapping[str, s
         forced["SGLANG_USE_CPU_ENGINE"] = "1"
         # UCX hooks mmap for GPU memory; without them an agent starts in 20 ms instead of 420.
         defaults["UCX_MEM_MMAP_HOOK_MODE"] = "none"
+        # The first request with a temperature would otherwise wait 15 s for a C++ compiler, and every other with it.
+        defaults["TORCH_COMPILE_DISABLE"] = "1"
         rest = inherited.get("PYTHONPATH", "").split(os.pathsep)
         forced["PYTHONPATH"] = os.pathsep.join([str(CPU_STANDINS), *(part for part in rest if part)])
     return {**{name: value for name, value in defaults.items() if name not in inherited}, **forced}
@@ -169,14 +177,44 @@ def prepare_import_path(device: Literal["cpu", "cuda"]) -> None:
             )
 
 
-def make_tmp_dir(root: Path) -> Path:
-    """A private folder short enough for SGLang's sockets. Raises RuntimeError."""
-    folder = Path(tempfile.mkdtemp(prefix="kvb-", dir=root))
-    length = len(os.fsencode(folder)) + _IPC_NAME_LENGTH
-    if length > _IPC_PATH_LIMIT:
-        folder.rmdir()
-        raise RuntimeError(f"{root} is too long for socket paths ({length} of {_IPC_PATH_LIMIT} bytes)")
-    return folder
+class TmpDir:
+    """A private folder short enough for SGLang's sockets, locked while its owner lives.
+
+    The lock lets the next worker remove the folders of those that were killed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Raises RuntimeError when `root` is too long."""
+        length = len(os.fsencode(root)) + len(f"/{_TMP_PREFIX}12345678") + len("/tmp12345678")
+        if length > _IPC_PATH_LIMIT:
+            raise RuntimeError(f"{root} is too long for socket paths ({length} of {_IPC_PATH_LIMIT} bytes)")
+        self.path = Path(tempfile.mkdtemp(prefix=_TMP_PREFIX, dir=root))
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        """Delete the folder with everything in it. Once."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def remove_stale_tmp_dirs(root: Path) -> None:
+    """Delete the folders below `root` whose owners are gone; those of the last minute may not be locked yet."""
+    for folder in root.glob(f"{_TMP_PREFIX}????????"):
+        try:
+            if time.time() - folder.stat().st_mtime < _TMP_SETTLING_S:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue  # another user's, or just removed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -1,13 +1,15 @@
-"""What Baton changes inside the scheduler processes of a CPU engine before they start.
+"""What Baton does inside SGLang's child processes before SGLang's own code runs there.
 
-`run_scheduler` is what SGLang spawns in place of its own entry point (`Engine.run_scheduler_process_func`, which exists
-to be replaced). Unlike an `sglang.srt.plugins` entry point, whose failing import SGLang only logs, a failure here ends
-the launch.
+SGLang spawns `run_scheduler` and `run_detokenizer` in place of its own entry points, through attributes of its `Engine`
+that exist to be replaced. Unlike an `sglang.srt.plugins` entry point, whose failing import SGLang only logs, a failure
+here ends the launch.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
+from multiprocessing import parent_process
 from typing import Any
 
 # SGLang's progress thread for NIXL spins a whole core with its default of 0.
@@ -15,11 +17,32 @@ _NIXL_PROGRESS_DELAY_US = 1000
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
-    """SGLang's `run_scheduler_process` with the changes of this module. Runs in a spawned child."""
+    """SGLang's `run_scheduler_process`, on a CPU with the changes of this module."""
+    die_with_parent()
     scheduler: Any = import_module("sglang.srt.managers.scheduler")
-    register_kv_cache_as_host_memory()
-    seed_every_request()
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        register_kv_cache_as_host_memory()
+        seed_every_request()
     scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def run_detokenizer(*args: Any, **kwargs: Any) -> None:
+    """SGLang's `run_detokenizer_process`."""
+    die_with_parent()
+    detokenizer: Any = import_module("sglang.srt.managers.detokenizer_manager")
+    detokenizer.run_detokenizer_process(*args, **kwargs)
+
+
+def die_with_parent() -> None:
+    """End this process when its parent ends, or at once if it has.
+
+    SGLang asks the kernel for the first alone, and only after seconds of imports: a host that ends in between leaves
+    children that nobody ends.
+    """
+    import_module("sglang.srt.utils.common").kill_itself_when_parent_died()
+    parent = parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
 
 
 def register_kv_cache_as_host_memory() -> None:
