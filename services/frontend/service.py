@@ -12,6 +12,7 @@ import structlog
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, model_pb2
 from services.config.frontend import FrontendConfig
+from services.early_aborts import EarlyAborts
 from services.frontend.request.api import LiveRequest
 from services.frontend.request.deadlines import Deadlines
 from services.frontend.request.owner import RequestOwner
@@ -35,7 +36,9 @@ class GenerationService:
         self._router = router
         # Ids from admission on; the owner is None while the request is being prepared.
         self._live: dict[str, RequestOwner | None] = {}
-        self._cancelled_early: set[str] = set()
+        # Ended while they were being prepared.
+        self._ended_early: dict[str, RequestError] = {}
+        self._early_aborts = EarlyAborts()
         self._empty = asyncio.Event()
         self._empty.set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -58,18 +61,24 @@ class GenerationService:
     async def submit(self, request: generate_pb2.GenerateRequest) -> LiveRequest:
         """See `Generation`."""
         received = time.monotonic()
-        request_id = self._admit(check_request_id(request.request_id) or uuid.uuid4().hex)
+        # The served name once it is known: what clients make up is no label.
+        model = ""
+        request_id = ""
         try:
+            request_id = check_request_id(request.request_id) or uuid.uuid4().hex
+            self._admit(request_id)
             worker = self._router.find_model(request.model)
-            prepared = await prepare(request, request_id, worker)
-            if request_id in self._cancelled_early:
-                raise RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, "the request was cancelled")
+            model = worker.record.model.name
+            prepared = await prepare(request, request_id, worker, self._router.limits(model))
+            if (ended := self._ended_early.get(request_id)) is not None:
+                raise ended
         except BaseException as error:
-            # Also when the caller left while its prompt was being tokenized.
-            self._forget(request_id)
+            # Also when the caller left while its prompt was being tokenized. A refused duplicate forgets nothing.
+            if self._live.get(request_id, self) is None:
+                self._forget(request_id)
             if not isinstance(error, RequestError):
                 raise
-            metrics.REQUESTS.labels(request.model, error.code.name).inc()
+            metrics.REQUESTS.labels(model, error.code.name).inc()
             raise error.with_context(request_id=request_id) from error
         owner = RequestOwner(
             prepared,
@@ -88,12 +97,9 @@ class GenerationService:
     def abort(self, request_id: str) -> bool:
         """See `Generation`."""
         if request_id not in self._live:
+            self._early_aborts.remember(request_id)
             return False
-        owner = self._live[request_id]
-        if owner is None:
-            self._cancelled_early.add(request_id)
-        else:
-            owner.cancel()
+        self._end(request_id, cancelled())
         return True
 
     async def drain(self, timeout: float) -> None:
@@ -110,11 +116,15 @@ class GenerationService:
 
     def shut_down(self) -> None:
         """Ends every live request with SHUTTING_DOWN."""
-        for request_id, owner in list(self._live.items()):
-            if owner is None:
-                self._cancelled_early.add(request_id)
-            else:
-                owner.end(shutting_down())
+        for request_id in list(self._live):
+            self._end(request_id, shutting_down())
+
+    def _end(self, request_id: str, error: RequestError) -> None:
+        owner = self._live[request_id]
+        if owner is None:
+            self._ended_early[request_id] = error
+        else:
+            owner.end(error)
 
     def _deadlines(self, worker: Worker, prompt_tokens: int) -> Deadlines:
         config = self._config
@@ -127,7 +137,7 @@ class GenerationService:
             total=config.total_timeout,
         )
 
-    def _admit(self, request_id: str) -> str:
+    def _admit(self, request_id: str) -> None:
         if self._draining:
             raise shutting_down()
         if request_id in self._live:
@@ -145,14 +155,15 @@ class GenerationService:
                 f"{len(self._live)} requests are live, --max-live-requests is {self._config.max_live_requests}",
                 retry_after=1.0,
             )
+        if self._early_aborts.claim(request_id):
+            raise cancelled()
         self._live[request_id] = None
         self._empty.clear()
         metrics.LIVE_REQUESTS.set(len(self._live))
-        return request_id
 
     def _forget(self, request_id: str) -> None:
         self._live.pop(request_id, None)
-        self._cancelled_early.discard(request_id)
+        self._ended_early.pop(request_id, None)
         if not self._live:
             self._empty.set()
         metrics.LIVE_REQUESTS.set(len(self._live))
@@ -195,3 +206,8 @@ def shutting_down() -> RequestError:
     return RequestError(
         grpc.StatusCode.UNAVAILABLE, Reason.SHUTTING_DOWN, "the frontend is shutting down", retry_after=1.0
     )
+
+
+def cancelled() -> RequestError:
+    """The error of a request that its caller ended."""
+    return RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, "the request was cancelled")

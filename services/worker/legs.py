@@ -10,19 +10,16 @@ id of 32 hex digits of its own, and an abort that overtakes its request is remem
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError
+from services.early_aborts import EarlyAborts
 from services.requests import Role
 from services.telemetry import metrics
 from services.worker.engines.protocol import EngineDeadError, EngineDelta, EngineRefusedError, Finish
-
-# How long an abort waits for the request that it overtook; the proto comment of Abort states it.
-EARLY_ABORT_SECONDS = 10.0
 
 
 class Leg:
@@ -73,15 +70,18 @@ class LiveLegs:
         self._role = role
         self._abort_in_engine = abort_in_engine
         self._legs: dict[str, Leg] = {}
-        self._early_aborts: dict[str, float] = {}
+        self._early_aborts = EarlyAborts()
         self._empty = asyncio.Event()
         self._empty.set()
 
     def __len__(self) -> int:
         return len(self._legs)
 
-    def admit(self, request_id: str) -> Leg:
-        """Takes a leg in. Raises RequestError: ALREADY_EXISTS for a live id, CANCELLED when its abort came first."""
+    def admit(self, request_id: str, generate: Callable[[Leg], AsyncIterator[EngineDelta]]) -> Leg:
+        """Takes a leg in and starts it; it is live until what `generate` returns ends.
+
+        Raises RequestError: ALREADY_EXISTS for a live id, CANCELLED when its abort came first.
+        """
         request_id = request_id or uuid.uuid4().hex
         if request_id in self._legs:
             raise RequestError(
@@ -90,18 +90,14 @@ class LiveLegs:
                 f"request_id: {request_id!r} is live on this worker",
                 field="request_id",
             )
-        self._forget_old_aborts()
-        if self._early_aborts.pop(request_id, None) is not None:
+        if self._early_aborts.claim(request_id):
             raise cancelled("aborted before it arrived")
         leg = Leg(request_id)
+        leg.task = asyncio.create_task(self._run(leg, generate(leg)), name=f"leg {leg.request_id}")
         self._legs[request_id] = leg
         self._empty.clear()
         metrics.WORKER_LIVE_LEGS.labels(self._role).set(len(self._legs))
         return leg
-
-    def run(self, leg: Leg, deltas: AsyncIterator[EngineDelta]) -> None:
-        """Starts an admitted leg. It is live until `deltas` ends."""
-        leg.task = asyncio.create_task(self._run(leg, deltas), name=f"leg {leg.request_id}")
 
     async def leave(self, leg: Leg) -> None:
         """Its caller reads it no longer; a leg that still runs is aborted."""
@@ -123,8 +119,7 @@ class LiveLegs:
         """Aborts a live leg, or remembers the abort for one that has not arrived. True when it was live."""
         leg = self._legs.get(request_id)
         if leg is None:
-            self._forget_old_aborts()
-            self._early_aborts[request_id] = time.monotonic()
+            self._early_aborts.remember(request_id)
             return False
         leg.abort_requested = True
         await self._abort_in_engine(leg.engine_id)
@@ -144,14 +139,6 @@ class LiveLegs:
         for leg in list(self._legs.values()):
             leg.drained_out = True
             await self._abort_in_engine(leg.engine_id)
-
-    def _forget_old_aborts(self) -> None:
-        oldest = time.monotonic() - EARLY_ABORT_SECONDS
-        while self._early_aborts:
-            request_id, at = next(iter(self._early_aborts.items()))
-            if at > oldest:
-                break
-            del self._early_aborts[request_id]
 
 
 def cancelled(why: str) -> RequestError:

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from kvbaton.errors import invalid
 from kvbaton.v1 import generate_pb2, health_pb2, health_pb2_grpc, worker_pb2
 from services.frontend.router.worker_set import WorkerSet
 from services.frontend.service import GenerationService
@@ -38,6 +39,8 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
         self, request: health_pb2.ProbeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.ProbeResponse:
         """One greedy token for a prompt of one token, on the next pair of the first model."""
+        if request.HasField("dp_rank"):
+            raise invalid("dp_rank", "a frontend probes a pair of workers; ask a worker for one of its ranks")
         models = self._generation.models()
         started = time.monotonic()
         live = await self._generation.submit(
