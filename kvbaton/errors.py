@@ -16,6 +16,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "kvbaton"
+# Characters of a message on the wire: trailers are limited to a few KiB and hold it twice.
+MAX_MESSAGE = 1024
 
 
 class Reason(StrEnum):
@@ -34,6 +36,7 @@ class Reason(StrEnum):
     PEER_NOT_REGISTERED = "PEER_NOT_REGISTERED"
     PEER_REPLACED = "PEER_REPLACED"
     PEER_INCOMPATIBLE = "PEER_INCOMPATIBLE"
+    REGISTRY_UNAVAILABLE = "REGISTRY_UNAVAILABLE"
     PEER_UNREACHABLE = "PEER_UNREACHABLE"
     WORKER_UNREACHABLE = "WORKER_UNREACHABLE"
     WORKER_NOT_SERVING = "WORKER_NOT_SERVING"
@@ -104,7 +107,8 @@ class RequestError(Exception):
     def to_status(self) -> grpc.Status:
         """For `context.abort_with_status`."""
         # Built once per failed request, never on the token path.
-        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        message = self.message if len(self.message) <= MAX_MESSAGE else self.message[:MAX_MESSAGE] + "..."
+        status = status_pb2.Status(code=self.code.value[0], message=message)
         info = error_details_pb2.ErrorInfo(reason=self.reason.value, domain=DOMAIN, metadata=self.metadata())
         packed = any_pb2.Any()
         packed.Pack(info)

@@ -17,8 +17,14 @@ from kvbaton.v1 import generate_pb2, worker_pb2
 
 MAX_REQUEST_ID_BYTES = 128
 MAX_STOP_STRINGS = 16
+# Matching keeps some 300 bytes of memory for each of them.
+MAX_STOP_BYTES = 1024
 MAX_STOP_TOKEN_IDS = 64
 ROOM_LIMIT = 1 << 63
+# A name, an IPv4 or a bracketed IPv6 address: SGLang puts it into a URL as it stands.
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252})|\[[0-9A-Fa-f:.%]{2,64}\]|[0-9A-Fa-f:]{2,45}")
+# SGLang takes this one for "no peer": decode would answer from pages that nobody wrote.
+_RESERVED_HOSTS = frozenset({"2.2.2.2"})
 _REQUEST_ID = re.compile(r"[\x21-\x7e]+")
 
 
@@ -110,6 +116,16 @@ class Limits:
     seeded_sampling: bool
 
     @classmethod
+    def smallest(cls, limits: Sequence[Limits]) -> Limits:
+        """What every one of these takes; at least one."""
+        return cls(
+            context_length=min(each.context_length for each in limits),
+            max_prompt_tokens=min(each.max_prompt_tokens for each in limits),
+            vocab_size=min(each.vocab_size for each in limits),
+            seeded_sampling=all(each.seeded_sampling for each in limits),
+        )
+
+    @classmethod
     def from_runtime(cls, runtime: worker_pb2.RuntimeConfig) -> Limits:
         """The limits that a worker published."""
         return cls(
@@ -130,20 +146,20 @@ def check_request_id(request_id: str) -> str:
 
 
 def check_prompt(token_ids: Sequence[int], limits: Limits, *, field: str = "token_ids") -> list[int]:
-    """The prompt as a list: not empty, inside the vocabulary, inside the context."""
+    """The prompt as a list: not empty, inside the context, inside the vocabulary; the cheap checks first."""
     if not token_ids:
         raise invalid(field, "the prompt is empty")
-    if max(token_ids) >= limits.vocab_size:
-        position = next(i for i, token in enumerate(token_ids) if token >= limits.vocab_size)
-        raise invalid(
-            field,
-            f"token {token_ids[position]} at position {position} is outside the vocabulary of {limits.vocab_size}",
-        )
     if len(token_ids) > limits.max_prompt_tokens:
         raise invalid(
             field,
             f"the prompt has {len(token_ids)} tokens, the model takes {limits.max_prompt_tokens}"
             f" (context length {limits.context_length})",
+        )
+    if max(token_ids) >= limits.vocab_size:
+        position = next(i for i, token in enumerate(token_ids) if token >= limits.vocab_size)
+        raise invalid(
+            field,
+            f"token {token_ids[position]} at position {position} is outside the vocabulary of {limits.vocab_size}",
         )
     return list(token_ids)
 
@@ -152,6 +168,8 @@ def check_room(bootstrap: generate_pb2.Bootstrap) -> Room:
     """The room of one leg, complete."""
     if not bootstrap.host:
         raise invalid("bootstrap.host", "missing")
+    if not _HOST.fullmatch(bootstrap.host) or bootstrap.host in _RESERVED_HOSTS:
+        raise invalid("bootstrap.host", "not a host name or an address of a bootstrap server")
     if not 0 < bootstrap.port < 65536:
         raise invalid("bootstrap.port", f"{bootstrap.port} is not a port")
     if not 0 < bootstrap.room < ROOM_LIMIT:
@@ -160,11 +178,13 @@ def check_room(bootstrap: generate_pb2.Bootstrap) -> Room:
 
 
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
-    """Stop strings: few, and none empty."""
+    """Stop strings: few, none empty, none long."""
     if len(stops) > MAX_STOP_STRINGS:
         raise invalid("sampling.stop", f"{len(stops)} strings, at most {MAX_STOP_STRINGS}")
     if any(not stop for stop in stops):
         raise invalid("sampling.stop", "an empty string")
+    if any(len(stop.encode()) > MAX_STOP_BYTES for stop in stops):
+        raise invalid("sampling.stop", f"a string of more than {MAX_STOP_BYTES} bytes")
     return tuple(stops)
 
 

@@ -27,7 +27,7 @@ class EtcdFlags:
 
     def tls(self) -> TlsConfig | None:
         """TLS to etcd, or None for plain text."""
-        if self.etcd_tls_ca is None and self.etcd_tls_cert is None:
+        if not (self.etcd_tls_ca or self.etcd_tls_cert or self.etcd_tls_key):
             return None
         return TlsConfig(self.etcd_tls_cert, self.etcd_tls_key, self.etcd_tls_ca)
 
@@ -41,15 +41,21 @@ class TlsFlags:
     tls_ca: Path | None = flag(None, "authority of the peers' certificates (PEM)")
     tls_client_auth: bool = flag(False, "refuse clients without a certificate of --tls-ca (mTLS)")
 
+    @property
+    def _any(self) -> bool:
+        return bool(self.tls_cert or self.tls_key or self.tls_ca or self.tls_client_auth)
+
     def server(self) -> TlsConfig | None:
         """TLS of this process's gRPC server, or None for plain text."""
-        if self.tls_cert is None and not self.tls_client_auth:
+        if not self._any:
             return None
+        if self.tls_cert is None:
+            raise ValueError("--tls-ca, --tls-key and --tls-client-auth need --tls-cert: every process is a server")
         return TlsConfig(self.tls_cert, self.tls_key, self.tls_ca, self.tls_client_auth)
 
     def client(self) -> TlsConfig | None:
-        """TLS towards other Baton processes, or None for plain text."""
-        if self.tls_ca is None:
+        """TLS towards other Baton processes, or None for plain text. No --tls-ca: the system's authorities count."""
+        if not self._any:
             return None
         return TlsConfig(self.tls_cert, self.tls_key, self.tls_ca)
 

@@ -18,9 +18,10 @@ class WorkerConfig:
     native_args: tuple[str, ...] = ()
 
     model_path: str = flag("", "a known small model (smollm2), a folder, or a hub id")
-    served_model_name: str = flag("", "the name that clients use; default: the last part of --model-path")
+    served_model_name: str = flag("", "the name that clients use; default: the model's own, from --model-path")
     device: Literal["cuda", "cpu"] = flag("cuda", "where the engine runs")
-    engine: Literal["sglang"] = flag("sglang", "inference engine")
+    engine: Literal["sglang", "simulated"] = flag("sglang", "inference engine; simulated needs no model and no GPU")
+    sim: str = flag("", "options of the simulated engine, key=value,key=value")
     page_size: int | None = flag(
         None, "tokens per KV page; both roles must agree; default: 16 on a CPU, SGLang's own on a GPU"
     )
@@ -36,7 +37,7 @@ class WorkerConfig:
     warmup_timeout: float = flag(300.0, "seconds until every dp rank must have generated its first token")
     drain_grace: float = flag(1.0, "seconds after the withdrawal in which requests are still accepted")
     drain_timeout: float = flag(30.0, "seconds that running requests have to finish on SIGTERM")
-    backstop_timeout: float = flag(120.0, "seconds until SGLang itself gives up a hand-shake or transfer")
+    backstop_timeout: float = flag(180.0, "seconds until SGLang itself gives up a hand-shake or transfer")
     lease_ttl: float = flag(10.0, "seconds until etcd forgets a worker that doesn't renew")
 
     etcd: EtcdFlags = group(EtcdFlags)

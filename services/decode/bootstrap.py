@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError, invalid
 from kvbaton.v1 import bootstrap_pb2, worker_pb2
+from services.decode.peers import PrefillPeers
 from services.worker.bootstrap_probe import bootstrap_answers
 from services.worker.core import WorkerCore
+from services.worker.registration import compat_parts
 from services.worker.servicers.bootstrap import BootstrapServicer
-
-# Reads the record of a prefill worker by instance id; None when there is none.
-PeerLookup = Callable[[str], Awaitable[worker_pb2.WorkerRecord | None]]
 
 ANSWER_TIMEOUT = 2.0
 
@@ -22,9 +20,9 @@ ANSWER_TIMEOUT = 2.0
 class DecodeBootstrapServicer(BootstrapServicer):
     """A peer is named by its registration, never by an address: a caller can't make us connect anywhere it likes."""
 
-    def __init__(self, core: WorkerCore, find_peer: PeerLookup) -> None:
+    def __init__(self, core: WorkerCore, peers: PrefillPeers) -> None:
         super().__init__(core)
-        self._find_peer = find_peer
+        self._peers = peers
 
     async def CheckPeer(
         self, request: bootstrap_pb2.CheckPeerRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -33,7 +31,7 @@ class DecodeBootstrapServicer(BootstrapServicer):
         loaded = self._core.require_loaded()
         if not request.instance_id:
             raise invalid("instance_id", "missing")
-        peer = await self._find_peer(request.instance_id)
+        peer = await self._peers.find(request.instance_id)
         if peer is None:
             raise self._failed(
                 grpc.StatusCode.NOT_FOUND, Reason.PEER_NOT_REGISTERED, f"no prefill worker {request.instance_id!r}"
@@ -58,15 +56,6 @@ class DecodeBootstrapServicer(BootstrapServicer):
 
 def describe_difference(decode: worker_pb2.WorkerRecord, prefill: worker_pb2.WorkerRecord) -> str:
     """Which of the fields behind the compat hash differ, with both values."""
-    pairs = {
-        "model revision": (decode.model.revision, prefill.model.revision),
-        "page size": (decode.runtime.page_size, prefill.runtime.page_size),
-        "KV dtype": (decode.runtime.kv_cache_dtype, prefill.runtime.kv_cache_dtype),
-        "tp size": (decode.runtime.tp_size, prefill.runtime.tp_size),
-        "transfer backend": (decode.runtime.transfer_backend, prefill.runtime.transfer_backend),
-        "engine": (decode.runtime.versions.engine, prefill.runtime.versions.engine),
-        "engine version": (decode.runtime.versions.engine_version, prefill.runtime.versions.engine_version),
-        "NIXL": (decode.runtime.versions.nixl, prefill.runtime.versions.nixl),
-    }
-    different = [f"{name}: decode {a}, prefill {b}" for name, (a, b) in pairs.items() if a != b]
+    ours, theirs = compat_parts(decode), compat_parts(prefill)
+    different = [f"{name}: decode {ours[name]}, prefill {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     return "; ".join(different) or "the compat hashes differ"

@@ -19,7 +19,7 @@ class PrefillContract:
 
     role = Role.PREFILL
 
-    def room(self, request: generate_pb2.GenerateRequest) -> Room:
+    async def room(self, request: generate_pb2.GenerateRequest) -> Room:
         """The room, which must be there."""
         return required_room(request, self.role)
 

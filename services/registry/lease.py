@@ -89,6 +89,7 @@ class LeaseKeeper:
         task.cancel()
         await asyncio.wait({task})
         lease, self._lease = self._lease, None
+        self._granted.clear()
         if lease is None:
             return
         try:

@@ -8,7 +8,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
-# Worker: legs, by role and outcome (finished, or the gRPC status name of the error).
+# Worker: legs, by role and outcome: finished, aborted, refused (by the engine), dead (the engine), INTERNAL.
 WORKER_LEGS = Counter("kvbaton_worker_legs", "Legs that a worker has ended.", ["role", "outcome"])
 WORKER_LIVE_LEGS = Gauge("kvbaton_worker_live_legs", "Legs that a worker has accepted and not ended.", ["role"])
 WORKER_STATE = Gauge("kvbaton_worker_state", "1 for the state that the worker is in.", ["role", "state"])

@@ -30,6 +30,11 @@ def advertised_host(*, bind_host: str, advertise_host: str, etcd_endpoints: Sequ
             f"{flag} {host} is reachable from this machine only, but etcd ({', '.join(etcd_endpoints)}) is on another:"
             " bind with --host 0.0.0.0, or set --advertise-host"
         )
+    if _is_loopback(bind_host) and not _is_loopback(host):
+        raise AdvertiseError(
+            f"--advertise-host {host} leads here, but --host {bind_host} listens on loopback only:"
+            " bind with --host 0.0.0.0"
+        )
     return host
 
 

@@ -24,6 +24,6 @@ async def bootstrap_answers(endpoint: worker_pb2.BootstrapEndpoint, *, timeout: 
                 writer.close()
     except TimeoutError:
         return f"{address} does not answer within {timeout:g} s"
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a line without end
         return f"{address}: {error}"
     return None if " 200 " in f"{status} " else f"{address} answers {status!r}"

@@ -26,16 +26,14 @@ from kvbaton.v1 import (
     worker_pb2,
 )
 from services.config.worker import WorkerConfig
-from services.decode.contract import AggregatedContract, DecodeContract
 from services.grpc_health import SERVICE_NAME as GRPC_HEALTH_NAME
 from services.grpc_health import GrpcHealth
 from services.http_server import HttpServer
 from services.models.tokenizer_files import find_tokenizer_files
-from services.prefill.contract import PrefillContract
 from services.registry.etcd import EtcdClient
 from services.registry.lease import LeaseKeeper
-from services.registry.lookup import find_worker
 from services.registry.publisher import NewerIncarnationError, RecordPublisher
+from services.registry.records import WorkerKey
 from services.requests import Limits, Role
 from services.telemetry.metrics import watch_event_loop
 from services.transport import bind, join_host_port, make_channel, make_server
@@ -54,6 +52,7 @@ T = TypeVar("T")
 
 # After the drain's deadline, seconds for the engine to drop what was aborted.
 _ABORT_GRACE = 10.0
+_OWN_PROBE_TIMEOUT = 60.0
 
 SERVICE_NAMES = (
     generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
@@ -70,8 +69,16 @@ class BringUpError(Exception):
 class WorkerHost:
     """One worker. `run` returns the process's exit status."""
 
-    def __init__(self, config: WorkerConfig, model_path: Callable[[], tuple[Path, worker_pb2.ModelIdentity]]) -> None:
-        """`model_path` gives the model's folder and identity once the engine is built."""
+    def __init__(
+        self,
+        config: WorkerConfig,
+        make_contract: Callable[[Role, EtcdClient, str], RoleContract],
+        model_path: Callable[[], tuple[Path, worker_pb2.ModelIdentity]],
+    ) -> None:
+        """`model_path` gives the model's folder and identity once the engine is built.
+
+        Raises AdvertiseError, and ValueError for names and files that can't be used.
+        """
         self._config = config
         self._model_path = model_path
         self._stop = asyncio.Event()
@@ -81,11 +88,14 @@ class WorkerHost:
         )
         self._health = GrpcHealth(SERVICE_NAMES)
         instance_id = config.instance_id or registration.default_instance_id(config.role, self._host, config.port)
+        # Raises for a name that can't be a key, before anything is loaded.
+        WorkerKey(config.etcd.namespace, config.role.to_proto(), instance_id)
         self._core = WorkerCore(
             config.role, instance_id, registration.new_incarnation(), Lifecycle(config.role, self._health)
         )
         self._etcd = EtcdClient(config.etcd.endpoints, config.etcd.tls())
-        self._contract = self._role_contract()
+        self._contract = make_contract(config.role, self._etcd, config.etcd.namespace)
+        self._hurry = asyncio.Event()
 
     @property
     def advertised_host(self) -> str:
@@ -105,6 +115,10 @@ class WorkerHost:
     def stop(self) -> None:
         """Drain and end. Called in the loop; idempotent."""
         self._stop.set()
+
+    def hurry(self) -> None:
+        """End now what the drain still waits for, each with a typed error. Called in the loop."""
+        self._hurry.set()
 
     async def run(self, listening: Callable[[], None]) -> int:
         """Serves until `stop`, or until the engine dies. Calls `listening` when health can be asked.
@@ -169,7 +183,13 @@ class WorkerHost:
         ):
             core.accepting = True
             await core.lifecycle.enter(worker_pb2.WORKER_STATE_SERVING)
-            cause = await self._until_stopped(self._until_broken(loaded.engine, publisher, record))
+            try:
+                cause = await self._until_stopped(self._until_dead(loaded.engine, publisher, record))
+            except NewerIncarnationError as error:
+                # The engine is well and its requests may finish; new ones go to the newer process.
+                log.error("replaced", error=str(error))
+                await self._drain(publisher, str(error))
+                return 1
             if cause is None:
                 await self._drain(publisher)
                 return 0
@@ -181,33 +201,38 @@ class WorkerHost:
             await core.legs.drained(2.0)
             return 1
 
-    async def _until_broken(self, engine: Engine, publisher: RecordPublisher, record: worker_pb2.WorkerRecord) -> str:
-        """Publishes, then waits for the one thing that ends a worker from inside. Returns the cause."""
+    async def _until_dead(self, engine: Engine, publisher: RecordPublisher, record: worker_pb2.WorkerRecord) -> str:
+        """Publishes, and waits for the end of the engine whether etcd answers or not. Returns the cause.
 
-        async def superseded() -> str:
-            return str(await publisher.superseded())
+        Raises NewerIncarnationError when a newer process has this worker's key.
+        """
 
-        waits = [asyncio.create_task(engine.wait_dead()), asyncio.create_task(superseded())]
-        try:
+        async def publish() -> None:
             if await publisher.publish(record):
                 log.info("registered", instance_id=record.instance_id, endpoint=record.grpc_endpoint)
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
-        except NewerIncarnationError as error:
-            return str(error)
-        finally:
-            for wait in waits:
-                wait.cancel()
+            raise await publisher.superseded()
 
-    async def _drain(self, publisher: RecordPublisher) -> None:
+        dead, publishing = asyncio.create_task(engine.wait_dead()), asyncio.create_task(publish())
+        try:
+            await asyncio.wait({dead, publishing}, return_when=asyncio.FIRST_COMPLETED)
+            if dead.done():
+                return dead.result()
+            publishing.result()
+            raise AssertionError("publishing ends by raising only")
+        finally:
+            for task in (dead, publishing):
+                task.cancel()
+            await asyncio.gather(dead, publishing, return_exceptions=True)
+
+    async def _drain(self, publisher: RecordPublisher, detail: str = "") -> None:
         """Withdraw first, so that nobody is refused who could not know; then finish, then delete."""
         core, config = self._core, self._config
-        await core.lifecycle.enter(worker_pb2.WORKER_STATE_DRAINING)
+        await core.lifecycle.enter(worker_pb2.WORKER_STATE_DRAINING, detail)
         await publisher.withdraw()
-        await asyncio.sleep(config.drain_grace)
+        await _unless(self._hurry, asyncio.sleep(config.drain_grace))
         core.accepting = False
-        if not await core.legs.drained(config.drain_timeout):
-            log.warning("drain timed out", live=len(core.legs), seconds=config.drain_timeout)
+        if not await _unless(self._hurry, core.legs.drained(config.drain_timeout)):
+            log.warning("not waiting for live requests", live=len(core.legs), drain_timeout=config.drain_timeout)
             await core.legs.abort_all()
             await core.legs.drained(_ABORT_GRACE)
         await publisher.delete()
@@ -234,21 +259,17 @@ class WorkerHost:
     async def _probe_own_socket(self, grpc_port: int) -> None:
         """The first generation that came in through the port others will use."""
         config = self._config
-        async with make_channel(join_host_port(self._host, grpc_port), tls=config.tls.client()) as channel:
+        address = join_host_port(self._host, grpc_port)
+        async with make_channel(address, tls=config.tls.client()) as channel:
             stub = health_pb2_grpc.HealthServiceStub(channel)
-            await stub.Probe(health_pb2.ProbeRequest(), timeout=config.warmup_timeout, wait_for_ready=True)
+            try:
+                await stub.Probe(health_pb2.ProbeRequest(), timeout=_OWN_PROBE_TIMEOUT)
+            except grpc.aio.AioRpcError as error:
+                raise RuntimeError(f"own gRPC port at {address}: {error.code().name} {error.details()}") from error
 
     async def _until_stopped(self, work: Awaitable[T]) -> T | None:
         """The result of `work`, or None when `stop` came first; `work` is then cancelled."""
-        working = asyncio.ensure_future(work)
-        stopping = asyncio.create_task(self._stop.wait())
-        try:
-            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            return working.result() if working.done() else None
-        finally:
-            for task in (working, stopping):
-                task.cancel()
-            await asyncio.gather(working, stopping, return_exceptions=True)
+        return await _unless(self._stop, work)
 
     def _register(self, server: grpc.aio.Server) -> tuple[str, ...]:
         self._health.register(server)
@@ -258,12 +279,15 @@ class WorkerHost:
         bootstrap_pb2_grpc.add_BootstrapServiceServicer_to_server(self._contract.bootstrap_servicer(self._core), server)
         return (*SERVICE_NAMES, GRPC_HEALTH_NAME)
 
-    def _role_contract(self) -> RoleContract:
-        if self._config.role is Role.PREFILL:
-            return PrefillContract()
-        if self._config.role is Role.DECODE:
-            return DecodeContract(self._find_prefill)
-        return AggregatedContract()
 
-    async def _find_prefill(self, instance_id: str) -> worker_pb2.WorkerRecord | None:
-        return await find_worker(self._etcd, self._config.etcd.namespace, worker_pb2.WORKER_ROLE_PREFILL, instance_id)
+async def _unless(event: asyncio.Event, work: Awaitable[T]) -> T | None:
+    """The result of `work`, or None when the event came first; `work` is then cancelled."""
+    working = asyncio.ensure_future(work)
+    interrupting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({working, interrupting}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, interrupting):
+            task.cancel()
+        await asyncio.gather(working, interrupting, return_exceptions=True)

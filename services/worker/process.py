@@ -22,6 +22,7 @@ import uvloop
 from kvbaton.v1 import worker_pb2
 from services.config.worker import WorkerConfig
 from services.models.resolve import ModelResolutionError, ResolvedModel, resolve_model_path
+from services.roles import contract_of
 from services.telemetry.logging import configure_logging
 from services.transport import PortTakenError
 from services.worker.advertise import AdvertiseError
@@ -62,7 +63,7 @@ class _Process:
         host = self._listening.result()
         threading.Thread(target=self._wait_for_signal, args=(host,), name="signals", daemon=True).start()
         try:
-            self._resolved = resolve_model_path(self._config.model_path)
+            self._resolved = _resolve_model(self._config)
             self._engine = self._make_engine(self._resolved.path, host.advertised_host)
             self._engine.start()
         except Exception as error:
@@ -89,23 +90,27 @@ class _Process:
             self._exit_status.set_exception(error)
 
     async def _host(self) -> int:
-        host = WorkerHost(self._config, self._model)
+        host = WorkerHost(self._config, contract_of, self._model)
         return await host.run(lambda: self._listening.set_result(host))
 
     def _wait_for_signal(self, host: WorkerHost) -> None:
-        """The signals thread. A second signal ends the process at once."""
+        """The signals thread. A second signal cuts the drain short, a third ends the process at once."""
         received = signal.Signals(signal.sigwait(_STOP_SIGNALS))
         log.info("stopping", signal=received.name)
         if self._attached.is_set():
             self._loop.call_soon_threadsafe(host.stop)
             signal.sigwait(_STOP_SIGNALS)
             log.warning("second signal: not waiting for the drain")
+            self._loop.call_soon_threadsafe(host.hurry)
+            signal.sigwait(_STOP_SIGNALS)
         # Nothing is registered yet (or the operator insists): what must not stay behind is the engine's children.
         if self._engine is not None:
             self._engine.shutdown()
         os._exit(128 + received)
 
     def _make_engine(self, model_path: Path, transfer_host: str) -> Engine:
+        if self._config.engine == "simulated":
+            return _simulated_engine(self._config, transfer_host)
         # Imported late: SGLang pulls torch, and health must answer before that is done.
         from services.worker.engines.sglang import SglangEngine, SglangOptions
 
@@ -137,3 +142,24 @@ class _Process:
     def _served_name(self) -> str:
         assert self._resolved is not None
         return self._config.served_model_name or self._resolved.name_hint
+
+
+def _resolve_model(config: WorkerConfig) -> ResolvedModel:
+    """The simulated engine needs no model: any name will do, and a folder only for its tokenizer."""
+    if config.engine != "simulated":
+        return resolve_model_path(config.model_path)
+    path = Path(config.model_path).expanduser()
+    return ResolvedModel(path, path.name, "simulated")
+
+
+def _simulated_engine(config: WorkerConfig, transfer_host: str) -> Engine:
+    from services.worker.engines.simulated import Addresses, SimulatedEngine, parse_options
+
+    if config.native_args:
+        raise ValueError(f"--engine simulated takes no flags of SGLang: {' '.join(config.native_args)}")
+    timeout = config.backstop_timeout
+    defaults: dict[str, float] = {"bootstrap_timeout": timeout, "waiting_timeout": timeout}
+    if config.page_size is not None:
+        defaults["page_size"] = config.page_size
+    addresses = Addresses(config.host, config.disaggregation_bootstrap_port, transfer_host)
+    return SimulatedEngine(config.role, parse_options(config.sim, **defaults), addresses)

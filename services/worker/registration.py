@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 import uuid
 
@@ -15,6 +16,9 @@ from services.transport import join_host_port
 from services.version import own_version
 from services.worker.engines.protocol import EngineInfo
 
+# A DNS label has 63 characters; role and port take up to 17 of them.
+_LONGEST_ADDRESS = 45
+
 
 def new_incarnation() -> worker_pb2.Incarnation:
     """The incarnation of this process."""
@@ -22,8 +26,14 @@ def new_incarnation() -> worker_pb2.Incarnation:
 
 
 def default_instance_id(role: Role, host: str, port: int) -> str:
-    """Stable over restarts at the same address, so that a restarted worker replaces its own record at once."""
-    return f"{role}-{host.strip('[]').replace('.', '-').replace(':', '-').lower()}-{port}"
+    """Stable over restarts at the same address, so that a restarted worker replaces its own record at once.
+
+    A DNS label: what an address has beside letters and digits becomes "-", and a long one is shortened by its hash.
+    """
+    address = re.sub(r"[^a-z0-9]+", "-", host.lower()).strip("-")
+    if len(address) > _LONGEST_ADDRESS:
+        address = f"{address[: _LONGEST_ADDRESS - 9]}-{hashlib.sha256(host.encode()).hexdigest()[:8]}"
+    return f"{role}-{address}-{port}"
 
 
 def build_record(
@@ -47,7 +57,7 @@ def build_record(
         grpc_endpoint=join_host_port(advertise_host, grpc_port),
         system_endpoint=join_host_port(advertise_host, system_port),
         model=model,
-        runtime=_runtime(info, has_tokenizer),
+        runtime=_runtime(config.role, info, has_tokenizer),
     )
     if config.role is Role.PREFILL:
         record.bootstrap.host = advertise_host
@@ -70,12 +80,17 @@ def build_model_info(
 
 
 def compat_hash(record: worker_pb2.WorkerRecord) -> str:
-    """Equal for workers that can hand a KV cache to each other: all that shapes a page, or speaks the hand-shake.
+    """Equal for workers that can hand a KV cache to each other."""
+    return hashlib.sha256(json.dumps(compat_parts(record), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def compat_parts(record: worker_pb2.WorkerRecord) -> dict[str, str | int]:
+    """What two workers must have in common: all that shapes a page, or speaks the hand-shake.
 
     NIXL agrees on its wire format within one major.minor version.
     """
     runtime = record.runtime
-    parts = {
+    return {
         "model": record.model.name,
         "revision": record.model.revision,
         "page_size": runtime.page_size,
@@ -88,10 +103,14 @@ def compat_hash(record: worker_pb2.WorkerRecord) -> str:
         "engine_version": runtime.versions.engine_version,
         "nixl": ".".join(runtime.versions.nixl.split(".")[:2]),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _runtime(info: EngineInfo, has_tokenizer: bool) -> worker_pb2.RuntimeConfig:
+def _context_length(role: Role, info: EngineInfo) -> int:
+    """Where the answer is generated, a request can't outgrow the KV pool either; prefill holds the prompt only."""
+    return info.context_length if role is Role.PREFILL else min(info.context_length, info.max_total_tokens)
+
+
+def _runtime(role: Role, info: EngineInfo, has_tokenizer: bool) -> worker_pb2.RuntimeConfig:
     return worker_pb2.RuntimeConfig(
         page_size=info.page_size,
         total_kv_pages=info.total_kv_pages,
@@ -99,8 +118,7 @@ def _runtime(info: EngineInfo, has_tokenizer: bool) -> worker_pb2.RuntimeConfig:
         max_running_requests=info.max_running_requests,
         max_batched_tokens=info.max_batched_tokens,
         max_prompt_tokens=info.max_prompt_tokens,
-        # A request can't outgrow the KV pool either.
-        context_length=min(info.context_length, info.max_total_tokens),
+        context_length=_context_length(role, info),
         vocab_size=info.vocab_size,
         tp_size=info.tp_size,
         pp_size=info.pp_size,

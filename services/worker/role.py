@@ -13,12 +13,7 @@ from services.worker.core import WorkerCore
 class RoleContract(Protocol):
     """One per worker process; the implementations are in services/prefill and services/decode."""
 
-    @property
-    def role(self) -> Role:
-        """The role."""
-        ...
-
-    def room(self, request: generate_pb2.GenerateRequest) -> Room | None:
+    async def room(self, request: generate_pb2.GenerateRequest) -> Room | None:
         """The room of a request. Raises RequestError where the role needs one, or takes none."""
         ...
 

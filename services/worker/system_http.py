@@ -1,4 +1,7 @@
-"""The worker's system HTTP: /health, /live and /metrics."""
+"""The worker's system HTTP: /health, /live and /metrics.
+
+Plain text also where everything else has TLS: probes and scrapers bring no certificate, and nothing secret is told.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import prometheus_client
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvbaton.v1 import worker_pb2
 from services.worker.core import WorkerCore
@@ -25,7 +29,14 @@ def create_app(core: WorkerCore) -> Starlette:
     async def metrics(_: Request) -> Response:
         return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    return Starlette(routes=[Route("/health", health), Route("/live", live), Route("/metrics", metrics)])
+    async def engine_http(scope: Scope, receive: Receive, send: Send) -> None:
+        """What the engine serves of its own: the simulated one its command channel, others nothing."""
+        engine = core.loaded.engine if core.loaded is not None else None
+        app: ASGIApp = getattr(engine, "http_app", Response(status_code=404))
+        await app(scope, receive, send)
+
+    routes = [Route("/health", health), Route("/live", live), Route("/metrics", metrics), Mount("/", engine_http)]
+    return Starlette(routes=routes)
 
 
 def _description(core: WorkerCore) -> dict[str, object]:

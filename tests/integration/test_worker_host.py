@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,7 +11,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvbaton.client import Client, SamplingParams
+from kvbaton.client import Bootstrap, Client, SamplingParams
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import bootstrap_pb2, bootstrap_pb2_grpc, model_pb2, model_pb2_grpc, worker_pb2
 from services.registry.etcd import EtcdClient
@@ -18,6 +19,7 @@ from services.registry.lookup import list_workers
 from services.requests import Role
 from tests.support.cluster import FakeCluster
 from tests.support.fake_engine import Behaviour, expected_tokens
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0)
@@ -158,6 +160,70 @@ async def test_an_older_process_does_not_take_a_newer_ones_place(cluster: FakeCl
     (after,) = await records(cluster)
     assert before.incarnation == after.incarnation
     assert not newer.task.done()
+
+
+async def test_a_replaced_worker_finishes_what_it_runs(cluster: FakeCluster) -> None:
+    older = await cluster.start_worker(Role.AGGREGATED, Behaviour(token_seconds=0.1), instance_id="same")
+    await cluster.routable(1)
+    async with Client(older.endpoint) as client:
+        running = asyncio.create_task(client.generate(token_ids=[1, 2], sampling=SamplingParams(max_new_tokens=60)))
+        await eventually(lambda: older.engine.live)
+        await cluster.start_worker(Role.AGGREGATED, instance_id="same")
+        assert (await running).token_ids == expected_tokens([1, 2], 60)
+    assert await asyncio.wait_for(older.task, 20) == 1
+
+
+async def test_a_dead_engine_is_noticed_while_etcd_does_not_answer(model_folder: Path) -> None:
+    nowhere = FakeCluster(f"127.0.0.1:{free_port()}", "t-nowhere", model_folder)
+    async with nowhere as cluster:
+        worker = await cluster.start_worker(Role.AGGREGATED)
+        await eventually(lambda: _is_serving(worker.endpoint))
+        worker.engine.die("scheduler killed")
+        assert await asyncio.wait_for(worker.task, 9) == 1, "well before the first publish gives up"
+
+
+@pytest.mark.parametrize("name", ["Worker_1", "a/b", "x" * 64])
+async def test_a_name_that_is_no_key_is_refused_before_anything_is_loaded(cluster: FakeCluster, name: str) -> None:
+    with pytest.raises(ValueError, match="instance"):
+        await cluster.start_worker(Role.AGGREGATED, instance_id=name)
+
+
+async def test_a_request_cannot_point_decode_at_an_address_of_its_own(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    async with Client(decode.endpoint) as client:
+        for host, port in (
+            ("127.0.0.1", free_port()),
+            ("2.2.2.2", prefill.config.disaggregation_bootstrap_port),
+            ("evil.example/x?y#", 80),
+        ):
+            with pytest.raises(RequestError) as caught:
+                await client.generate(token_ids=[1], sampling=GREEDY, bootstrap=Bootstrap(host=host, port=port, room=5))
+            assert (caught.value.code, caught.value.field) == (grpc.StatusCode.INVALID_ARGUMENT, "bootstrap.host")
+    assert decode.engine.seen == []
+
+
+async def test_a_second_signal_cuts_the_drain_short(cluster: FakeCluster) -> None:
+    worker = await cluster.start_worker(Role.AGGREGATED, Behaviour(hang=True))
+    await cluster.routable(1)
+    async with Client(worker.endpoint) as client:
+        running = asyncio.create_task(client.generate(token_ids=[1], sampling=GREEDY))
+        await eventually(lambda: worker.engine.live)
+        worker.host.stop()
+        worker.host.hurry()
+        with pytest.raises(RequestError) as caught:
+            await asyncio.wait_for(running, 5)
+        assert caught.value.reason is Reason.SHUTTING_DOWN
+    assert await asyncio.wait_for(worker.task, 10) == 0
+
+
+async def test_check_peer_refuses_what_is_no_name(cluster: FakeCluster) -> None:
+    _, decode = await cluster.start_pair()
+    async with grpc.aio.insecure_channel(decode.endpoint) as channel:
+        stub = bootstrap_pb2_grpc.BootstrapServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.CheckPeer(bootstrap_pb2.CheckPeerRequest(instance_id="a/b"))
+    error = RequestError.from_rpc_error(caught.value)
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "instance_id")
 
 
 async def test_bootstrap_service_answers_by_role(cluster: FakeCluster) -> None:

@@ -16,6 +16,7 @@ from services.config.frontend import FrontendConfig
 from services.config.worker import WorkerConfig
 from services.frontend.server import Frontend
 from services.requests import Role
+from services.roles import contract_of
 from services.worker.host import WorkerHost
 from tests.support.fake_engine import Behaviour, FakeEngine, Rooms
 from tests.support.ports import free_port
@@ -73,10 +74,11 @@ class FakeCluster:
         *,
         built: bool = True,
         bootstrap_answers: bool = True,
+        pool_tokens: int = 4096,
         **options: object,
     ) -> HostedWorker:
         """A worker; with `built=False` its engine stays unbuilt until the test says `engine_built`."""
-        engine = FakeEngine(role, self.rooms, behaviour)
+        engine = FakeEngine(role, self.rooms, behaviour, pool_tokens=pool_tokens)
         config = WorkerConfig(
             role=role,
             port=free_port(),
@@ -91,7 +93,7 @@ class FakeCluster:
         if role is Role.PREFILL and bootstrap_answers:
             await self._stack.enter_async_context(_bootstrap_server(config.disaggregation_bootstrap_port))
         identity = worker_pb2.ModelIdentity(name=config.served_model_name or MODEL, path=MODEL, revision="r1")
-        host = WorkerHost(config, lambda: (self._model_folder, identity))
+        host = WorkerHost(config, contract_of, lambda: (self._model_folder, identity))
         listening = asyncio.Event()
         worker = HostedWorker(host, engine, config, asyncio.create_task(host.run(listening.set)))
         self.workers.append(worker)

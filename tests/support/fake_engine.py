@@ -50,13 +50,16 @@ class Behaviour:
     """Non-empty: every request ends at once with Finish.ABORT and this message."""
     wrong_first_token: bool = False
     hang: bool = False
+    cached_tokens: int = 0
 
 
 class FakeEngine:
     """See `services.worker.engines.protocol.Engine`."""
 
-    def __init__(self, role: Role, rooms: Rooms, behaviour: Behaviour | None = None) -> None:
-        self.role, self.rooms = role, rooms
+    def __init__(
+        self, role: Role, rooms: Rooms, behaviour: Behaviour | None = None, *, pool_tokens: int = 4096
+    ) -> None:
+        self.role, self.rooms, self.pool_tokens = role, rooms, pool_tokens
         self.behaviour = behaviour or Behaviour()
         self.seen: list[EngineRequest] = []
         self.live: dict[str, asyncio.Event] = {}
@@ -84,10 +87,10 @@ class FakeEngine:
             torch_version="",
             nixl_version="1.5.1",
             page_size=16,
-            max_total_tokens=4096,
+            max_total_tokens=self.pool_tokens,
             max_running_requests=64,
             max_batched_tokens=512,
-            max_prompt_tokens=CONTEXT - 6,
+            max_prompt_tokens=min(CONTEXT, self.pool_tokens) - 6,
             context_length=CONTEXT,
             vocab_size=VOCABULARY,
             tp_size=1,
@@ -133,7 +136,12 @@ class FakeEngine:
                 return
             finish = None
             if index == count:
-                finish = EngineFinish(Finish.LENGTH, prompt_tokens=len(request.token_ids), completion_tokens=count)
+                finish = EngineFinish(
+                    Finish.LENGTH,
+                    prompt_tokens=len(request.token_ids),
+                    cached_tokens=self.behaviour.cached_tokens,
+                    completion_tokens=count,
+                )
             yield EngineDelta([token], finish)
 
     async def _meet(self, room: int, stop: asyncio.Event) -> None:

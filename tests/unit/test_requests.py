@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NoReturn
 
 import grpc
 import pytest
@@ -95,6 +97,17 @@ def test_bad_prompts_are_refused(tokens: list[int]) -> None:
     assert refused_field(lambda: check_prompt(tokens, LIMITS)) == "token_ids"
 
 
+def test_a_prompt_of_millions_is_refused_by_its_length_alone() -> None:
+    class Counted(Sequence[int]):
+        def __len__(self) -> int:
+            return 16_000_000
+
+        def __getitem__(self, index: object) -> NoReturn:
+            raise AssertionError("looked at")
+
+    assert refused_field(lambda: check_prompt(Counted(), LIMITS)) == "token_ids"
+
+
 @pytest.mark.parametrize(
     ("bootstrap", "field"),
     [
@@ -113,9 +126,13 @@ def test_the_largest_room_is_taken() -> None:
     assert check_room(Bootstrap(host="h", port=1, room=(1 << 63) - 1)).room == (1 << 63) - 1
 
 
-@pytest.mark.parametrize("stops", [[""], ["a", ""], ["a"] * 17])
+@pytest.mark.parametrize("stops", [[""], ["a", ""], ["a"] * 17, ["a" * 1025], ["a", "é" * 513]])
 def test_bad_stop_strings_are_refused(stops: list[str]) -> None:
     assert refused_field(lambda: check_stops(stops)) == "sampling.stop"
+
+
+def test_the_longest_stop_string_is_taken() -> None:
+    assert check_stops(["é" * 512]) == ("é" * 512,)
 
 
 @pytest.mark.parametrize("request_id", ["x" * 129, "a b", "tab\t", "ü"])

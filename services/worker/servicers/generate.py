@@ -10,7 +10,7 @@ import grpc
 
 from kvbaton.errors import Reason, RequestError, invalid
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
-from services.requests import check_prompt, check_request_id, check_sampling
+from services.requests import Role, check_prompt, check_request_id, check_sampling
 from services.worker.core import Loaded, WorkerCore
 from services.worker.engines.protocol import (
     EngineDeadError,
@@ -44,11 +44,11 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         received = time.monotonic()
         request_id = check_request_id(request.request_id)
         loaded = self._core.require_accepting()
-        engine_request = self._checked(request, loaded, _trace_headers(context))
+        engine_request = await self._checked(request, loaded, _trace_headers(context))
         legs = self._core.legs
-        leg = legs.admit(request_id)
-        timings = _Timings(received)
-        legs.run(leg, loaded.engine.generate(_with_engine_id(engine_request, leg)))
+        self._core.require_accepting()  # still, after the checks have waited
+        leg = legs.admit(request_id, lambda leg: loaded.engine.generate(_with_engine_id(engine_request, leg)))
+        timings = _Timings(received, self._core.role)
         try:
             # Headers now, not with the first token: they tell the frontend that the leg is accepted.
             await context.send_initial_metadata(())
@@ -71,7 +71,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             raise invalid("request_id", "missing")
         return generate_pb2.AbortResponse(found=await self._core.legs.abort(check_request_id(request.request_id)))
 
-    def _checked(
+    async def _checked(
         self, request: generate_pb2.GenerateRequest, loaded: Loaded, trace_headers: dict[str, str]
     ) -> EngineRequest:
         """The request as the engine takes it, or an error that names the field."""
@@ -94,7 +94,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         dp_rank = request.dp_rank if request.HasField("dp_rank") else None
         if dp_rank is not None and dp_rank >= loaded.info.dp_size:
             raise invalid("dp_rank", f"{dp_rank}: this worker has {loaded.info.dp_size} data-parallel ranks")
-        room = self._contract.room(request)
+        room = await self._contract.room(request)
         return EngineRequest("", token_ids, sampling, room, dp_rank, trace_headers)
 
     def _response(self, delta: EngineDelta, leg: Leg, timings: _Timings) -> generate_pb2.GenerateResponse:
@@ -140,8 +140,9 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
 class _Timings:
     """When the phases of one leg ended, on the monotonic clock."""
 
-    def __init__(self, received: float) -> None:
+    def __init__(self, received: float, role: Role) -> None:
         self._received = received
+        self._role = role
         self._submitted = time.monotonic()
         self._first: float | None = None
 
@@ -152,8 +153,12 @@ class _Timings:
     def write(self, timings: generate_pb2.Timings) -> None:
         now = time.monotonic()
         timings.queue.FromNanoseconds(int((self._submitted - self._received) * 1e9))
-        if self._first is not None:
+        if self._first is None:
+            return
+        # Until its first token a decode worker can't tell prefill from transfer; a prefill worker sees no decode.
+        if self._role is not Role.DECODE:
             timings.prefill.FromNanoseconds(int((self._first - self._submitted) * 1e9))
+        if self._role is not Role.PREFILL:
             timings.decode.FromNanoseconds(int((now - self._first) * 1e9))
 
 
