@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import grpc
 import httpx
@@ -56,13 +57,60 @@ async def test_engine_ids_differ_per_leg_and_never_repeat(cluster: FakeCluster) 
     assert len(set(ids)) == 6
 
 
-async def test_pairs_take_turns(cluster: FakeCluster) -> None:
+async def test_every_pair_takes_its_turn(cluster: FakeCluster) -> None:
     prefills = [await cluster.start_worker(Role.PREFILL) for _ in range(2)]
-    decodes = [await cluster.start_worker(Role.DECODE) for _ in range(2)]
+    decodes = [await cluster.start_worker(Role.DECODE) for _ in range(3)]
+    await cluster.routable(5)
+    answers = [await cluster.client.generate(token_ids=PROMPT, sampling=greedy(1)) for _ in range(12)]
+    pairs = Counter((answer.finished.prefill_worker, answer.finished.decode_worker) for answer in answers)
+    assert set(pairs.values()) == {2}
+    assert len(pairs) == 6
+    assert [len(worker.engine.seen) for worker in (*prefills, *decodes)] == [6, 6, 4, 4, 4]
+
+
+async def test_one_models_traffic_does_not_shift_anothers_turn(cluster: FakeCluster) -> None:
+    workers = [await cluster.start_worker(Role.AGGREGATED, served_model_name=name) for name in ("a", "a", "b", "b")]
     await cluster.routable(4)
-    for _ in range(8):
-        await cluster.client.generate(token_ids=PROMPT, sampling=greedy(1))
-    assert [len(worker.engine.seen) for worker in (*prefills, *decodes)] == [4, 4, 4, 4]
+    for model in ("a", "b") * 4:
+        await cluster.client.generate(token_ids=PROMPT, sampling=greedy(1), model=model)
+    assert [len(worker.engine.seen) for worker in workers] == [2, 2, 2, 2]
+
+
+async def test_prefills_smaller_pool_bounds_the_prompt_and_not_the_answer(cluster: FakeCluster) -> None:
+    await cluster.start_worker(Role.PREFILL, pool_tokens=100)
+    await cluster.start_worker(Role.DECODE, pool_tokens=200)
+    await cluster.routable(2)
+    answer = await cluster.client.generate(token_ids=PROMPT, sampling=SamplingParams(temperature=0))
+    assert len(answer.token_ids) == 200 - len(PROMPT), "all that decode's pool leaves"
+    error = await failure(cluster.client.generate(token_ids=[1] * 100, sampling=greedy(1)))
+    assert error.field == "token_ids"
+
+
+async def test_the_smallest_decode_worker_bounds_every_answer(cluster: FakeCluster) -> None:
+    await cluster.start_worker(Role.PREFILL)
+    for tokens in (200, 150):
+        await cluster.start_worker(Role.DECODE, pool_tokens=tokens)
+    await cluster.routable(3)
+    for _ in range(2):
+        answer = await cluster.client.generate(token_ids=PROMPT, sampling=SamplingParams(temperature=0))
+        assert len(answer.token_ids) == 150 - len(PROMPT)
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(180)))
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "sampling.max_new_tokens")
+
+
+async def test_what_clients_call_models_is_no_metric_label(cluster: FakeCluster) -> None:
+    await cluster.start_pair()
+    for number in range(3):
+        await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(), model=f"junk-{number}"))
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{cluster.frontend.http_port}") as http:
+        assert "junk-" not in (await http.get("/metrics")).text
+
+
+async def test_an_abort_that_overtakes_its_request_still_takes_effect(cluster: FakeCluster) -> None:
+    await cluster.start_pair()
+    assert not await cluster.client.abort("late")
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(), request_id="late"))
+    assert error.code is grpc.StatusCode.CANCELLED
 
 
 async def test_without_prefill_nothing_runs_elsewhere(cluster: FakeCluster) -> None:
@@ -261,11 +309,61 @@ def _record_order(engine: object, role: Role, order: list[str]) -> None:
     engine.abort = abort  # type: ignore[attr-defined]
 
 
-async def test_a_first_token_that_differs_is_data_loss(cluster: FakeCluster) -> None:
+@pytest.mark.parametrize("tokens", [1, 200])
+async def test_a_first_token_that_differs_is_data_loss(cluster: FakeCluster, tokens: int) -> None:
     prefill, _ = await cluster.start_pair()
     prefill.engine.behaviour.wrong_first_token = True
-    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(2000 // 10)))
+    prefill.engine.behaviour.token_seconds = 0.2  # a short answer is complete before prefill's token comes
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(tokens)))
     assert (error.code, error.reason) == (grpc.StatusCode.DATA_LOSS, Reason.FIRST_TOKEN_MISMATCH)
+
+
+async def test_decode_keeps_its_pages_while_prefills_end_is_not_proven(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prefill host that doesn't answer may have an engine that still writes."""
+    monkeypatch.setattr("services.frontend.link.streams.ABORT_CALL_TIMEOUT", 0.2)
+    prefill, decode = await cluster.start_pair()
+    prefill.engine.behaviour.hang = decode.engine.behaviour.hang = True
+    stalled = asyncio.Event()
+    abort = prefill.engine.abort
+
+    async def late_abort(engine_id: str) -> None:
+        await stalled.wait()
+        await abort(engine_id)
+
+    prefill.engine.abort = late_abort  # type: ignore[method-assign]
+    running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=greedy(), request_id="mine"))
+    await eventually(lambda: prefill.engine.live and decode.engine.live)
+    try:
+        await cluster.client.abort("mine")
+        assert (await failure(running)).code is grpc.StatusCode.CANCELLED, "the client doesn't wait for the proof"
+        await asyncio.sleep(1.0)
+        assert decode.engine.live, "prefill has not let go yet"
+    finally:
+        stalled.set()
+    await eventually(lambda: not prefill.engine.live and not decode.engine.live, within=10)
+
+
+async def test_a_prefill_that_is_gone_frees_decode_at_once(cluster: FakeCluster) -> None:
+    prefill, decode = await cluster.start_pair()
+    prefill.engine.behaviour.hang = decode.engine.behaviour.hang = True
+    running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
+    await eventually(lambda: prefill.engine.live and decode.engine.live)
+    prefill.engine.die("scheduler killed")
+    assert (await failure(running)).reason is Reason.ENGINE_DEAD
+    await eventually(lambda: not decode.engine.live, within=5)
+
+
+async def test_usage_tells_the_cached_prompt_tokens_also_at_a_stop_string(cluster: FakeCluster) -> None:
+    prefill, _ = await cluster.start_pair()
+    prefill.engine.behaviour.cached_tokens = 2
+    whole = await cluster.client.generate(text="abc", sampling=greedy(20))
+    stop = greedy(20)
+    stop.stop.append(whole.text[9:14])
+    stopped = await cluster.client.generate(text="abc", sampling=stop)
+    assert stopped.finished.matched_stop
+    assert whole.finished.usage.cached_prompt_tokens == stopped.finished.usage.cached_prompt_tokens == 2
 
 
 async def test_a_client_that_leaves_frees_both_workers(cluster: FakeCluster) -> None:

@@ -50,7 +50,7 @@ class Leg(Protocol):
         ...
 
     async def ended(self) -> None:
-        """Returns once the worker has let go of the leg or can't be reached; within seconds of `abort`."""
+        """Returns once the worker has let go of the leg or is gone; without proof, after a release deadline."""
         ...
 
 

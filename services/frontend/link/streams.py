@@ -6,14 +6,22 @@ import asyncio
 
 import grpc
 import grpc.aio
+import structlog
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
 from services.frontend.link.protocol import LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
 
+log = structlog.get_logger()
+
 # Seconds for the Abort call itself, and for the stream to end after it; then the call is cancelled from our side.
 ABORT_CALL_TIMEOUT = 2.0
 ABORT_END_TIMEOUT = 5.0
+# Seconds until a leg whose end can't be proven counts as ended all the same.
+RELEASE_DEADLINE = 30.0
+# The stream's own deadline comes this much later than the request's: ending legs in order is the owner's business.
+_BACKSTOP = 30.0
+_ASK_AGAIN = 0.2
 
 
 class StreamLink:
@@ -28,7 +36,7 @@ class StreamLink:
 
     def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink) -> StreamLeg:
         """See `WorkerLink`."""
-        call = self._stub.Generate(request, timeout=self._total_timeout)
+        call = self._stub.Generate(request, timeout=self._total_timeout + _BACKSTOP)
         leg = StreamLeg(self._stub, call, request, sink, worker=self._worker, leg=self._leg)
         self._legs.add(leg)
         leg.reading.add_done_callback(lambda _: self._legs.discard(leg))
@@ -38,7 +46,7 @@ class StreamLink:
         """See `WorkerLink`."""
         legs = list(self._legs)
         for leg in legs:
-            leg.reading.cancel()
+            leg.close()
         await asyncio.gather(*(leg.ended() for leg in legs))
         await self._channel.close()
 
@@ -60,6 +68,8 @@ class StreamLeg:
         self._request_id, self._room = request.request_id, request.bootstrap.room
         self._worker, self._leg = worker, leg
         self._aborting: asyncio.Task[None] | None = None
+        self._proving: asyncio.Task[None] | None = None
+        self._closing = False
         self.reading = asyncio.create_task(self._read(), name=f"leg {leg} {request.request_id}")
 
     def abort(self) -> None:
@@ -69,8 +79,10 @@ class StreamLeg:
 
     async def ended(self) -> None:
         """See `Leg`."""
-        tasks = {self.reading, self._aborting} - {None}
-        await asyncio.wait([task for task in tasks if task is not None])
+        await asyncio.wait({self.reading})
+        for task in (self._aborting, self._proving):
+            if task is not None:
+                await asyncio.wait({task})
 
     async def _read(self) -> None:
         finished = False
@@ -88,10 +100,17 @@ class StreamLeg:
             if not finished:
                 self._fail(RequestError(grpc.StatusCode.INTERNAL, Reason.LEG_ENDED_EARLY, "the stream ended early"))
         except grpc.aio.AioRpcError as error:
+            typed = RequestError.from_rpc_error(error)
+            if typed.reason is Reason.UNTYPED:
+                # Not the worker's word: the connection broke. Its engine may still run the leg.
+                self._start_proving()
             if not finished:
-                self._fail(_typed(error))
+                self._fail(_unreachable(typed))
         except asyncio.CancelledError:
+            # We hung up: `_abort` because the worker doesn't answer, or the link because it is closed.
             self._call.cancel()
+            if not self._closing:
+                self._start_proving()
             if not finished:
                 self._fail(RequestError(grpc.StatusCode.UNAVAILABLE, Reason.WORKER_UNREACHABLE, "the worker is gone"))
 
@@ -104,13 +123,44 @@ class StreamLeg:
         except (grpc.aio.AioRpcError, TimeoutError):
             self._call.cancel()
 
+    def close(self) -> None:
+        """Hangs up for good: the link is closed."""
+        self._closing = True
+        for task in (self.reading, self._aborting, self._proving):
+            if task is not None:
+                task.cancel()
+
+    def _start_proving(self) -> None:
+        self._proving = asyncio.create_task(self._prove_ended(), name=f"prove {self._request_id}")
+
+    async def _prove_ended(self) -> None:
+        """Returns once the worker says that it doesn't have the leg, or nobody listens at its address any more.
+
+        A process that is only frozen, or behind a broken network, proves nothing: its engine may go on writing KV pages
+        into the other leg's memory. After RELEASE_DEADLINE it counts as ended all the same.
+        """
+        request = generate_pb2.AbortRequest(request_id=self._request_id)
+        try:
+            async with asyncio.timeout(RELEASE_DEADLINE):
+                while True:
+                    try:
+                        if not (await self._stub.Abort(request, timeout=ABORT_CALL_TIMEOUT)).found:
+                            return
+                    except grpc.aio.AioRpcError as error:
+                        if "Connection refused" in (error.details() or ""):
+                            return
+                    await asyncio.sleep(_ASK_AGAIN)
+        except TimeoutError:
+            log.warning("a leg's end is not proven", worker=self._worker, room=self._room, seconds=RELEASE_DEADLINE)
+        except grpc.aio.UsageError:
+            return  # the channel is closed: the worker is withdrawn or replaced
+
     def _fail(self, error: RequestError) -> None:
         self._sink(LegFailed(error.with_context(leg=self._leg, worker=self._worker, room=self._room)))
 
 
-def _typed(error: grpc.aio.AioRpcError) -> RequestError:
+def _unreachable(error: RequestError) -> RequestError:
     """A status without our ErrorInfo is gRPC's own: a lost connection, above all."""
-    typed = RequestError.from_rpc_error(error)
-    if typed.reason is Reason.UNTYPED and typed.code is grpc.StatusCode.UNAVAILABLE:
-        typed.reason, typed.retry_after = Reason.WORKER_UNREACHABLE, 1.0
-    return typed
+    if error.reason is Reason.UNTYPED and error.code is grpc.StatusCode.UNAVAILABLE:
+        error.reason, error.retry_after = Reason.WORKER_UNREACHABLE, 1.0
+    return error

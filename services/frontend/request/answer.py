@@ -29,6 +29,7 @@ class Answer:
         self._first: float | None = None
         self._last: float | None = None
         self._tokens = 0
+        self._cached = 0
         self.complete: Finished | None = None
         self.error: RequestError | None = None
 
@@ -52,10 +53,12 @@ class Answer:
         self._placement = placement
         self._dispatched, self._prefilled = time.monotonic(), None
 
-    def prefilled(self) -> None:
-        """Prefill's token has left its engine."""
+    def prefilled(self, event: LegTokens | LegFinished) -> None:
+        """Prefill's token has left its engine; its end says how much of the prompt its cache held."""
         if self._prefilled is None:
             self._prefilled = time.monotonic()
+        if isinstance(event, LegFinished):
+            self._cached = max(self._cached, event.finished.usage.cached_prompt_tokens)
 
     def take(self, event: LegTokens | LegFinished) -> Output:
         """Decode's next tokens as an output; `finished` is set when the answer ends here, also at a stop string."""
@@ -65,6 +68,8 @@ class Answer:
         token_ids, before = event.token_ids, self._tokens
         self._tokens += len(token_ids)
         text, stopped = ("", None) if self._prepared.text is None else self._text(event)
+        if isinstance(event, LegFinished):
+            self._cached = max(self._cached, event.finished.usage.cached_prompt_tokens)
         if stopped is not None:
             return self._finished(Output(token_ids[: max(0, self._tokens - before)], text), stopped=stopped)
         if isinstance(event, LegFinished):
@@ -114,7 +119,7 @@ class Answer:
             reason=FinishReason.STOP if finished is None else _FINISH_REASONS[finished.reason],
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self._tokens,
-            cached_prompt_tokens=finished.usage.cached_prompt_tokens if finished is not None else 0,
+            cached_prompt_tokens=self._cached,
             matched_token_id=matched,
             matched_stop=stopped,
             timings=self.timings(),

@@ -20,7 +20,7 @@ from services.requests import ROOM_LIMIT, Role, Room
 
 log = structlog.get_logger()
 
-# Seconds that a finished answer waits for prefill's own end, so that its token can be compared.
+# Seconds that a complete answer waits for prefill's own token and end.
 PREFILL_END_TIMEOUT = 5.0
 
 
@@ -38,7 +38,7 @@ class Attempt:
     ) -> None:
         self.placement = placement
         self.room = _fresh_room(placement)
-        self.hand_over = HandOver()
+        self.hand_over = HandOver(expected=placement.prefill is not None)
         self._prepared = prepared
         self._sink = sink
         self._legs: dict[Role, Leg] = {}
@@ -72,12 +72,13 @@ class Attempt:
         complete answer (`answered`) prefill gets the moment that it needs to end by itself.
         """
         prefill = self._legs.get(Role.PREFILL)
-        if prefill is not None and Role.PREFILL in self._open:
-            if answered:
+        if prefill is not None:
+            if answered and Role.PREFILL in self._open:
                 await self._await_end(prefill)
             if Role.PREFILL in self._open:
                 prefill.abort()
-                await prefill.ended()
+            # A leg that has failed for us may still run there.
+            await prefill.ended()
         for role, leg in self._legs.items():
             if role in self._open:
                 leg.abort()
@@ -120,9 +121,15 @@ class HandOver:
     are not this request's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, expected: bool) -> None:
+        self._expected = expected
         self._prefill: int | None = None
         self._decode: int | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether both tokens were compared, or there is no hand-over."""
+        return not self._expected or (self._prefill is not None and self._decode is not None)
 
     def take(self, role: Role, event: LegTokens | LegFinished) -> None:
         """Raises RequestError when the tokens differ."""

@@ -18,7 +18,7 @@ from kvbaton.errors import Reason, RequestError
 from services.frontend.link.protocol import LegAccepted, LegEvent, LegFailed
 from services.frontend.request.answer import Answer
 from services.frontend.request.api import Output
-from services.frontend.request.attempt import Attempt
+from services.frontend.request.attempt import PREFILL_END_TIMEOUT, Attempt
 from services.frontend.request.deadlines import DeadlineClock, Deadlines
 from services.frontend.request.prepare import PreparedRequest
 from services.frontend.request.retry import RetryPolicy
@@ -194,33 +194,58 @@ class RequestOwner:
                 continue  # an earlier attempt's legs still say goodbye
             if isinstance(item.event, LegFailed):
                 raise item.event.error
-            if self._take(item.attempt, item.role, item.event):
-                self._state.take(Step.COMPLETE)
-                return
+            output = self._take(item.attempt, item.role, item.event)
+            if output is None:
+                continue
+            if output.finished is None:
+                self._outputs.put_nowait(output)
+                continue
+            await self._settle_hand_over(item.attempt)
+            self._state.take(Step.COMPLETE)
+            self._outputs.put_nowait(output)
+            return
 
-    def _take(self, attempt: Attempt, role: Role, event: LegEvent) -> bool:
-        """One event of a leg that goes on, or ends well; True when the answer is complete."""
+    async def _settle_hand_over(self, attempt: Attempt) -> None:
+        """A short answer may be complete before prefill's token is here; without the comparison it proves nothing.
+
+        Raises RequestError when the tokens differ, or when the client ends the request meanwhile.
+        """
+        try:
+            async with asyncio.timeout(PREFILL_END_TIMEOUT):
+                while not attempt.hand_over.settled:
+                    item = await self._events.get()
+                    if isinstance(item, _End):
+                        raise item.error
+                    if item.attempt is not attempt or item.role is not Role.PREFILL:
+                        continue
+                    if isinstance(item.event, LegFailed):
+                        log.warning("prefill failed behind its answer", request_id=self.request_id)
+                        return
+                    self._take(attempt, item.role, item.event)
+        except TimeoutError:
+            log.warning("no word from prefill", request_id=self.request_id, seconds=PREFILL_END_TIMEOUT)
+
+    def _take(self, attempt: Attempt, role: Role, event: LegEvent) -> Output | None:
+        """One event of a leg that goes on, or ends well; what the client gets of it."""
         assert not isinstance(event, LegFailed)
         if isinstance(event, LegAccepted):
             if attempt.accepted and self.state is State.BOOTSTRAPPING:
                 self._clock.enter(self._state.take(Step.LEGS_ACCEPTED))
-            return False
+            return None
         if self.state is State.BOOTSTRAPPING:
             # A token says more than an acceptance that is still on its way.
             self._clock.enter(self._state.take(Step.LEGS_ACCEPTED))
         attempt.hand_over.take(role, event)
         if role is Role.PREFILL:
+            self.answer.prefilled(event)
             if event.token_ids:
-                self.answer.prefilled()
                 self._clock.enter(self._state.take(Step.PREFILL_ENDED))
-            return False
+            return None
         if self.state is not State.DECODING and event.token_ids:
             self._clock.enter(self._state.take(Step.FIRST_TOKEN))
         self._clock.token()
         output = self.answer.take(event)
-        if output.token_ids or output.finished is not None:
-            self._outputs.put_nowait(output)
-        return output.finished is not None
+        return output if output.token_ids or output.finished is not None else None
 
     async def _next_event(self) -> _FromLeg | _End:
         if not self._events.empty():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -21,7 +22,7 @@ from services.frontend.text import (
     TokenizerError,
 )
 from services.frontend.text_models import TextModel
-from services.requests import Sampling, check_prompt, check_sampling, check_stops
+from services.requests import Limits, Sampling, check_prompt, check_sampling, check_stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +36,20 @@ class PreparedRequest:
     text: TextOutput | None
 
 
-async def prepare(request: generate_pb2.GenerateRequest, request_id: str, worker: Worker) -> PreparedRequest:
-    """Checks and tokenizes. `worker` is any worker of the request's model. Raises RequestError naming the field."""
+async def prepare(
+    request: generate_pb2.GenerateRequest, request_id: str, worker: Worker, limits: Limits
+) -> PreparedRequest:
+    """Checks and tokenizes. `worker` is any worker of the request's model, `limits` what all of them take.
+
+    Raises RequestError naming the field.
+    """
     _refuse_worker_fields(request)
     stops = check_stops(request.sampling.stop)
     # Cheap checks first, with a prompt of one token: bad sampling costs no tokenization.
-    check_sampling(_without_length(request.sampling), prompt_tokens=1, limits=worker.limits)
-    token_ids, field = await _token_ids(request, worker)
-    token_ids = check_prompt(token_ids, worker.limits, field=field)
-    sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=worker.limits)
+    check_sampling(_without_length(request.sampling), prompt_tokens=1, limits=limits)
+    ids, field = await _token_ids(request, worker, limits)
+    token_ids = check_prompt(ids, limits, field=field)
+    sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=limits)
     if stops and worker.text is None:
         raise _no_tokenizer("sampling.stop", worker)
     return PreparedRequest(
@@ -72,24 +78,36 @@ def _without_length(params: generate_pb2.SamplingParams) -> generate_pb2.Samplin
     return cheap
 
 
-async def _token_ids(request: generate_pb2.GenerateRequest, worker: Worker) -> tuple[list[int], str]:
+async def _token_ids(
+    request: generate_pb2.GenerateRequest, worker: Worker, limits: Limits
+) -> tuple[Sequence[int], str]:
     """The prompt's tokens, and the field that they come from."""
     match request.WhichOneof("input"):
         case "token_ids":
-            return list(request.token_ids.ids), "token_ids"
+            return request.token_ids.ids, "token_ids"
         case "text":
             if not request.text:
                 raise invalid("text", "the prompt is empty")
-            return await _encode(_require_text(worker, "text"), request.text, "text", add_special_tokens=True), "text"
+            text_model = _require_text(worker, "text")
+            return await _encode(text_model, request.text, "text", limits, add_special_tokens=True), "text"
         case "chat":
             text_model = _require_text(worker, "chat")
             prompt = await _render(request.chat, text_model)
-            return await _encode(text_model, prompt, "chat", add_special_tokens=False), "chat"
+            return await _encode(text_model, prompt, "chat", limits, add_special_tokens=False), "chat"
         case _:
             raise invalid("input", "missing: one of text, chat or token_ids")
 
 
-async def _encode(text_model: TextModel, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+async def _encode(
+    text_model: TextModel, text: str, field: str, limits: Limits, *, add_special_tokens: bool
+) -> list[int]:
+    # Encoding takes a thread and memory in proportion to the text: refuse before it what could not fit after it.
+    if len(text) > limits.max_prompt_tokens * text_model.tokenizer.longest_token:
+        raise invalid(
+            field,
+            f"the prompt has {len(text)} characters, more than the {limits.max_prompt_tokens} tokens that the model"
+            f" takes can hold (context length {limits.context_length})",
+        )
     try:
         return await text_model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except (InvalidTextError, TokenizerError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import grpc
@@ -10,7 +11,7 @@ from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import model_pb2
 from services.frontend.router.worker import Worker
 from services.frontend.router.worker_set import WorkerSet
-from services.requests import Role
+from services.requests import Limits, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,8 @@ class RoundRobinRouter:
 
     def __init__(self, workers: WorkerSet) -> None:
         self._workers = workers
-        self._next_decode = 0
-        self._next_prefill = 0
+        # By model: one model's traffic doesn't shift another's turn.
+        self._turns: Counter[str] = Counter()
 
     def models(self) -> list[model_pb2.ModelInfo]:
         """Every model for which `choose` finds workers, by name."""
@@ -69,6 +70,14 @@ class RoundRobinRouter:
             raise self._no_worker(name)
         return targets[0]
 
+    def limits(self, model: str) -> Limits:
+        """What every pair that may run the model's next request takes. Raises RequestError when there is none."""
+        targets = self._targets(model)
+        if not targets:
+            raise self._no_worker(model)
+        prefills = [prefill for decode in targets for prefill in self._prefills_for(decode)]
+        return Limits.smallest([worker.limits for worker in (*targets, *prefills)])
+
     def choose(self, model: str, excluded: frozenset[str] = frozenset()) -> Placement:
         """The workers of the next request, without those of the `excluded` instance ids.
 
@@ -77,14 +86,14 @@ class RoundRobinRouter:
         targets = self._targets(model, excluded)
         if not targets:
             raise self._no_worker(model)
-        decode = targets[self._next_decode % len(targets)]
-        self._next_decode += 1
+        rounds, turn = divmod(self._turns[model], len(targets))
+        self._turns[model] += 1
+        decode = targets[turn]
         if decode.role is Role.AGGREGATED:
             return Placement(decode)
         prefills = self._prefills_for(decode, excluded)
-        prefill = prefills[self._next_prefill % len(prefills)]
-        self._next_prefill += 1
-        return Placement(decode, prefill)
+        # One further in every round, so that in time every pair is used.
+        return Placement(decode, prefills[(rounds + turn) % len(prefills)])
 
     def _targets(self, model: str | None, excluded: frozenset[str] = frozenset()) -> list[Worker]:
         """Workers that can stream an answer: aggregated ones, and decode workers with a prefill worker that fits."""
@@ -95,6 +104,8 @@ class RoundRobinRouter:
         return [worker for worker in candidates if worker.instance_id not in excluded]
 
     def _prefills_for(self, decode: Worker, excluded: frozenset[str] = frozenset()) -> list[Worker]:
+        if decode.role is Role.AGGREGATED:
+            return []
         return [
             worker
             for worker in self._workers.routable(Role.PREFILL, decode.record.model.name)
