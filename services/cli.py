@@ -16,6 +16,7 @@ from services.requests import Role
 from services.tools import generate as generate_command
 from services.tools import status as status_command
 from services.tools import up as up_command
+from services.tools.bench import command as bench_command
 from services.version import own_version
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_frontend(commands)
     _add_worker(commands, Role.PREFILL, "prefill worker: computes KV caches and hands them to decode workers")
     _add_worker(commands, Role.DECODE, "decode worker; with --disaggregation-mode null the aggregated worker")
-    for command in (up_command, generate_command, status_command, model_command):
+    for command in (up_command, generate_command, status_command, bench_command, model_command):
         command.add_arguments(commands)
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not getattr(parsed, "takes_native_args", False):

@@ -1,4 +1,4 @@
-"""What an operator types: `kvbaton up`, `kvbaton generate`, `kvbaton status`.
+"""What an operator types: `kvbaton up`, `generate`, `status`, `bench`.
 
 up.py          the command: a whole cluster on this machine, until Ctrl-C
 options.py     what such a cluster consists of: processes, their arguments and environment
@@ -8,6 +8,7 @@ supervisor.py  one child process: log, death, stop
 progress.py    what is shown while it starts
 generate.py    the command: one prompt, streamed to the terminal
 status.py      the command: which workers there are, what they do, what the frontend thinks of them
+bench/         the command: load, and what its clients see
 topology.py    what `status` asks, and of whom
 client_flags.py, terminal.py  what the commands share
 """
