@@ -52,6 +52,8 @@ class Leg:
         self.tokens: list[int] = []
         self._deltas = engine.generate(EngineRequest(self.engine_id, prompt, sampling, room, dp_rank))
         self.task = asyncio.create_task(self._run())
+        # A leg that nobody waits for may end with its engine.
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _run(self) -> Outcome:
         async for delta in self._deltas:

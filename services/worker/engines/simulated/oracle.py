@@ -1,0 +1,154 @@
+"""What every correct request must answer: tokens as a pure function of the prompt and its sampling.
+
+A token depends on all tokens before it, prompt and output alike, and on the sampling. So an answer can go on elsewhere
+from any of its tokens, and one wrong byte in a KV cache changes the rest. Rooms, incarnations, page sizes, roles and
+times play no part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from services.worker.engines.protocol import Finish, Sampling
+
+if TYPE_CHECKING:
+    from hashlib import blake2b as Hash  # noqa: N812 - a class in the type stubs only
+
+BOS_TOKEN = 1
+EOS_TOKEN = 2
+TOKEN_BYTES = 4
+_FIRST_TOKEN = 3
+_PRIME = b"kvbaton simulated KV"
+_PARAMETERS = struct.Struct("<fffq")
+_PENALTIES = struct.Struct("<fff")
+
+
+def to_bytes(tokens: Iterable[int]) -> bytes:
+    """Tokens as a KV cache holds them: four bytes each, little endian on every machine that runs this."""
+    return array("I", tokens).tobytes()
+
+
+def new_context(content: bytes = b"") -> Hash:
+    """A running digest of a KV cache's content; it goes on with `update`."""
+    return hashlib.blake2b(_PRIME + content, digest_size=16)
+
+
+@dataclass(slots=True)
+class TokenModel:
+    """The "model": two engines with equal ones answer alike. Scripts may be added while it runs."""
+
+    vocab_size: int = 32000
+    eos_rate: float = 0.0
+    scripts: dict[bytes, int] = field(default_factory=dict[bytes, int])
+
+    def play(self, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+        """From now on `prompt` is answered with `tokens` and then the end of the sequence."""
+        for token in (*prompt, *tokens):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        context = new_context(to_bytes(prompt))
+        for token in (*tokens, EOS_TOKEN):
+            self.scripts[context.digest()] = token
+            context.update(to_bytes([token]))
+
+    def load_script(self, file: Path) -> None:
+        """Plays every answer of a JSON file, `[{"prompt": [...], "tokens": [...]}]`. Raises ValueError."""
+        try:
+            answers = cast("list[dict[str, Any]]", json.loads(file.read_text()))
+            for answer in answers:
+                self.play(answer["prompt"], answer["tokens"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--sim: script={file}: {error!r}") from error
+
+
+class TokenRule:
+    """One request's way from a KV cache to the next token, and its end."""
+
+    __slots__ = ("_barred", "_counts", "_eos_threshold", "_key", "_model", "_sampling", "_span", "_stops")
+
+    def __init__(self, model: TokenModel, sampling: Sampling) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._key, self._counts = _sampling_key(sampling)
+        self._stops = frozenset() if sampling.ignore_eos else frozenset((EOS_TOKEN, *sampling.stop_token_ids))
+        # SGLang keeps what would end a request out of its first min_new_tokens.
+        self._barred = frozenset((EOS_TOKEN, *sampling.stop_token_ids)) if sampling.min_new_tokens else frozenset()
+        self._eos_threshold = int(model.eos_rate * 2**32)
+        self._span = model.vocab_size - _FIRST_TOKEN
+
+    def next_token(self, context: Hash, produced: int) -> int:
+        """The token behind `context`, of which `produced` tokens are output."""
+        if self._model.scripts and (scripted := self._model.scripts.get(context.digest())) is not None:
+            return scripted
+        draw = context.copy()
+        draw.update(self._key)
+        if self._counts:
+            draw.update(produced.to_bytes(8, "little"))
+        token = self._token(draw)
+        barred = self._barred if produced < self._sampling.min_new_tokens else ()
+        while token in barred:
+            draw.update(b"again")
+            token = self._token(draw)
+        return token
+
+    def finish(self, token: int, produced: int) -> Finish | None:
+        """Whether `token` ends the request, whose output then has `produced` tokens. A stop beats a length."""
+        if token in self._stops and produced >= self._sampling.min_new_tokens:
+            return Finish.STOP
+        return Finish.LENGTH if produced >= self._sampling.max_new_tokens else None
+
+    def _token(self, draw: Hash) -> int:
+        number = int.from_bytes(draw.digest(), "little")
+        if self._eos_threshold and number >> 96 < self._eos_threshold:
+            return EOS_TOKEN
+        return _FIRST_TOKEN + (number & 0xFFFFFFFFFFFFFFFF) % self._span
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedAnswer:
+    """A whole answer, the token that stopped it included, as SGLang's without a tokenizer."""
+
+    token_ids: list[int]
+    finish: Finish
+
+
+def expected_answer(prompt: Sequence[int], sampling: Sampling, model: TokenModel | None = None) -> ExpectedAnswer:
+    """The answer of every role, pair and attempt, as long as nothing is wrong."""
+    rule = TokenRule(model or TokenModel(), sampling)
+    context = new_context(to_bytes(prompt))
+    tokens: list[int] = []
+    while True:
+        token = rule.next_token(context, len(tokens))
+        tokens.append(token)
+        if (finish := rule.finish(token, len(tokens))) is not None:
+            return ExpectedAnswer(tokens, finish)
+        context.update(to_bytes([token]))
+
+
+def expected_tokens(prompt: Sequence[int], sampling: Sampling, model: TokenModel | None = None) -> list[int]:
+    """The tokens of `expected_answer`."""
+    return expected_answer(prompt, sampling, model).token_ids
+
+
+def _sampling_key(sampling: Sampling) -> tuple[bytes, bool]:
+    """What of the sampling changes tokens, and whether the number of output tokens does.
+
+    Unseeded sampling is as deterministic as seeded. Penalties see output tokens only, as SGLang's: behind a replayed
+    prefix they differ.
+    """
+    greedy = sampling.temperature == 0.0 or sampling.top_k == 1
+    key = b"greedy"
+    if not greedy:
+        # Single precision, because that is what a proto's float leaves of them.
+        chosen = _PARAMETERS.pack(sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k)
+        key = chosen + repr(sampling.seed).encode()
+    penalties = (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty)
+    counts = penalties != (0.0, 0.0, 1.0)
+    return key + (_PENALTIES.pack(*penalties) if counts else b""), counts
