@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Generator
 from types import TracebackType
 from typing import Any, Self
 
 import uvicorn
 
-from services.transport import PortTakenError, join_host_port
+from services.transport import PortTakenError, TlsConfig, join_host_port
 
 
 class _EmbeddedServer(uvicorn.Server):
@@ -22,12 +23,22 @@ class _EmbeddedServer(uvicorn.Server):
 
 
 class HttpServer:
-    """One listening HTTP server; use it as an async context manager.
+    """One listening HTTP server, HTTPS with `tls`; use it as an async context manager.
 
-    Binding happens on entry, so that a taken port is an error of its own (PortTakenError names `flag`).
+    Binding happens on entry, so that a taken port is an error of its own (PortTakenError names `flag`). Creating it
+    raises ValueError for a `tls` that no server can use.
     """
 
-    def __init__(self, app: Any, *, host: str, port: int, flag: str, stop_grace_seconds: float = 5.0) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        host: str,
+        port: int,
+        flag: str,
+        tls: TlsConfig | None = None,
+        stop_grace_seconds: float = 5.0,
+    ) -> None:
         self._host, self._port, self._flag = host, port, flag
         self._server = _EmbeddedServer(
             uvicorn.Config(
@@ -37,6 +48,7 @@ class HttpServer:
                 lifespan="off",
                 timeout_graceful_shutdown=int(stop_grace_seconds),
                 server_header=False,
+                **_tls_options(tls),
             )
         )
         self._serving: asyncio.Task[None] | None = None
@@ -63,6 +75,18 @@ class HttpServer:
         self._server.should_exit = True
         if self._serving is not None:
             await self._serving
+
+
+def _tls_options(tls: TlsConfig | None) -> dict[str, Any]:
+    if tls is None:
+        return {}
+    cert, key = tls.server_files()
+    return {
+        "ssl_certfile": cert,
+        "ssl_keyfile": key,
+        "ssl_ca_certs": tls.ca,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED if tls.require_client_cert else ssl.CERT_NONE,
+    }
 
 
 def _listen(host: str, port: int, flag: str) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ class TlsConfig:
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise ValueError("--tls-cert and --tls-key go together")
+        if self.require_client_cert and self.cert is None:
+            raise ValueError("--tls-client-auth needs --tls-cert and --tls-key: without them the server speaks no TLS")
         if self.require_client_cert and self.ca is None:
             raise ValueError("--tls-client-auth needs --tls-ca, the authority that signed the clients' certificates")
         for flag, path in (("--tls-cert", self.cert), ("--tls-key", self.key), ("--tls-ca", self.ca)):
@@ -72,13 +75,32 @@ class TlsConfig:
         return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Credentials of a server. Raises ValueError without a certificate."""
-        key, cert = _read(self.key), _read(self.cert)
-        if key is None or cert is None:
-            raise ValueError("a TLS server needs --tls-cert and --tls-key")
+        """Credentials of a server. Raises ValueError without a certificate, or for one that can't be used."""
+        cert, key = self.server_files()
         return grpc.ssl_server_credentials(
-            [(key, cert)], root_certificates=_read(self.ca), require_client_auth=self.require_client_cert
+            [(key.read_bytes(), cert.read_bytes())],
+            root_certificates=_read(self.ca),
+            require_client_auth=self.require_client_cert,
         )
+
+    def server_files(self) -> tuple[Path, Path]:
+        """The certificate and the key of a server. Raises ValueError without them, or when they can't be used.
+
+        They are tried here because gRPC itself would only say that the port can't be bound.
+        """
+        if self.cert is None or self.key is None:
+            raise ValueError("a TLS server needs --tls-cert and --tls-key")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.cert, self.key, password="")  # never asks the terminal for one
+        except OSError as error:
+            raise ValueError(f"--tls-cert {self.cert} with --tls-key {self.key}: {error}") from error
+        try:
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
+        except OSError as error:
+            raise ValueError(f"--tls-ca {self.ca}: {error}") from error
+        return self.cert, self.key
 
 
 class PortTakenError(Exception):
@@ -107,10 +129,13 @@ def make_server(register: Callable[[grpc.aio.Server], Sequence[str]]) -> grpc.ai
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, *, tls: TlsConfig | None = None, flag: str = "--port") -> int:
-    """Binds the server and returns the port (useful with port 0). Raises PortTakenError."""
+    """Binds the server and returns the port (useful with port 0). Plain text only without `tls`.
+
+    Raises PortTakenError, or ValueError for a `tls` that no server can use.
+    """
     address = join_host_port(host, port)
     try:
-        if tls is None or tls.cert is None:
+        if tls is None:
             bound = server.add_insecure_port(address)
         else:
             bound = server.add_secure_port(address, tls.server_credentials())

@@ -90,10 +90,11 @@ class Frontend:
         self._health = health = _Health(self.generation)
         self.workers.on_change(self._health_changed)
         server = make_server(lambda server: _register(server, self.generation, self.workers, health.grpc_health))
-        self.grpc_port = bind(server, config.host, config.port, tls=config.tls.server())
+        tls = config.tls.server()
+        self.grpc_port = bind(server, config.host, config.port, tls=tls)
         app = create_app(self.generation)
         http = await stack.enter_async_context(
-            HttpServer(app, host=config.host, port=config.http_port, flag="--http-port")
+            HttpServer(app, host=config.host, port=config.http_port, flag="--http-port", tls=tls)
         )
         self.http_port = http.port
         await stack.enter_async_context(health)
