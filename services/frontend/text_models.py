@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import shutil
 import tempfile
+import weakref
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from services.models.tokenizer_files import digest, find_tokenizer_files
 log = structlog.get_logger()
 
 _FETCH_TIMEOUT = 120.0
+# A worker that sends nothing for so long holds up the others of its model, who may have the same files.
+_STALL_TIMEOUT = 10.0
 # A tokenizer.json of a 256 k vocabulary is about 30 MB.
 _MAX_FILE_BYTES = 512 * 1024 * 1024
 
@@ -37,7 +41,8 @@ class TextModels:
     def __init__(self, cache_folder: Path) -> None:
         self._folder = cache_folder
         self._models: dict[str, TextModel] = {}
-        self._lock = asyncio.Lock()
+        # One for each digest that someone waits for; gone with the last who does.
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def get(self, info: model_pb2.ModelInfo, stub: model_pb2_grpc.ModelServiceAsyncStub) -> TextModel | None:
         """From memory, from disk, or from the worker behind `stub`; None for a model without a tokenizer.
@@ -47,7 +52,10 @@ class TextModels:
         wanted = info.tokenizer_sha256
         if not wanted:
             return None
-        async with self._lock:
+        if wanted in self._models:
+            return self._models[wanted]
+        lock = self._locks.setdefault(wanted, asyncio.Lock())
+        async with lock:
             if wanted not in self._models:
                 folder = self._folder / wanted
                 if not await asyncio.to_thread(_holds, folder, wanted):
@@ -76,7 +84,7 @@ class TextModels:
 async def _receive(folder: Path, stub: model_pb2_grpc.ModelServiceAsyncStub) -> None:
     """Writes the files of a GetTokenizer stream; digests and sizes are checked per file."""
     expected: dict[str, tuple[int, str]] = {}
-    async for chunk in stub.GetTokenizer(model_pb2.GetTokenizerRequest(), timeout=_FETCH_TIMEOUT):
+    async for chunk in _chunks(stub.GetTokenizer(model_pb2.GetTokenizerRequest(), timeout=_FETCH_TIMEOUT)):
         name = chunk.file_name
         if not name or name != Path(name).name or name.startswith("."):
             raise TokenizerError(f"the worker sent a file named {name!r}")
@@ -92,6 +100,21 @@ async def _receive(folder: Path, stub: model_pb2_grpc.ModelServiceAsyncStub) -> 
         content = await asyncio.to_thread((folder / name).read_bytes)
         if len(content) != size or hashlib.sha256(content).hexdigest() != sha256:
             raise TokenizerError(f"{name}: not what its digest says")
+
+
+async def _chunks(
+    stream: AsyncIterable[model_pb2.GetTokenizerResponse],
+) -> AsyncIterator[model_pb2.GetTokenizerResponse]:
+    arriving = aiter(stream)
+    while True:
+        try:
+            async with asyncio.timeout(_STALL_TIMEOUT):
+                chunk = await anext(arriving)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise TokenizerError(f"nothing came for {_STALL_TIMEOUT:g} s") from error
+        yield chunk
 
 
 def _holds(folder: Path, wanted: str) -> bool:

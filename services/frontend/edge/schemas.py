@@ -20,7 +20,11 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+from services.requests import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+
 TOKEN_ID_LIMIT = 1 << 32
+# Bounds what a body costs before the model's own limit is known.
+MAX_TOKEN_IDS = 1 << 22
 
 # What SGLang puts between the text parts of one message for a chat template that takes strings.
 PART_SEPARATOR = " "
@@ -76,6 +80,8 @@ def _single_prompt(value: object) -> str | list[int]:
 def _token_ids(items: list[object]) -> list[int]:
     if not items:
         raise ValueError("an empty list")
+    if len(items) > MAX_TOKEN_IDS:
+        raise ValueError(f"more than {MAX_TOKEN_IDS} token ids")
     for position, item in enumerate(items):
         if type(item) is not int or not 0 <= item < TOKEN_ID_LIMIT:
             raise ValueError(f"the entry at position {position} is not a token id")
@@ -119,7 +125,11 @@ Prompt = Annotated[
     str | list[int],
     PlainValidator(_single_prompt, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
 ]
-Stop = Annotated[list[str], Field(fail_fast=True), BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+Stop = Annotated[
+    list[str],
+    Field(fail_fast=True, max_length=MAX_STOP_STRINGS),
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
 Content = Annotated[str, BeforeValidator(_joined_parts, json_schema_input_type=str | list[TextPart])]
 
 
@@ -178,7 +188,7 @@ class GenerationBody(_Body):
     """No end-of-sequence or stop token ends the answer before so many tokens. Default 0."""
     repetition_penalty: float | None = None
     """In (0, 2]. Default 1."""
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None = None
     """Token ids that end the answer beside the model's own."""
     ignore_eos: bool | None = None
     """Do not stop at the model's end-of-sequence tokens. Default false."""

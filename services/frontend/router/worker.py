@@ -48,6 +48,7 @@ class Worker:
         self.text: TextModel | None = None
         self._reason = "not asked yet"
         self._answers = False
+        self._unexpected = ""
         self._texts = texts
         self._changed = changed
         self._channel = make_channel(record.grpc_endpoint, tls=tls)
@@ -142,6 +143,12 @@ class Worker:
             return f"does not answer: {error.code().name} {error.details()}"
         except (TokenizerError, OSError) as error:
             return f"its tokenizer can't be used: {error}"
+        except Exception as error:  # not one worker's answer, whatever it is, may end the watch
+            problem = f"can't be used: {type(error).__name__}: {error}"
+            if problem != self._unexpected:
+                self._unexpected = problem
+                log.exception("unexpected answer of a worker", worker=self.instance_id)
+            return problem
         return None
 
     async def _until_disconnected(self) -> None:

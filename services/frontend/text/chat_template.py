@@ -115,7 +115,7 @@ class ChatTemplate:
     def _compile(self, name: str, source: str) -> jinja2.Template:
         try:
             return self._environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:  # Jinja's own, those of Python's compiler behind it, TypeError for what is no text
             raise ChatTemplateError(f"chat template {name!r} cannot be compiled: {error}") from error
 
     def _render(self, template: jinja2.Template, variables: dict[str, Any]) -> str:

@@ -41,6 +41,12 @@ class TextTokenizer:
         """Ids that end a generation: those of generation_config.json and the tokenizer's own `eos_token`."""
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         """Number of tokens, added tokens included."""
+        self.longest_token: int = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=0)
+        """Characters of the longest token as the vocabulary spells it, added tokens included.
+
+        No token stands for more characters of a text, except for those that tokenizers drop or lump together: white
+        space that they strip, runs of unknown characters.
+        """
         self.decoder_config: Mapping[str, Any] = _decoder_config(self._tokenizer)
         """The `decoder` entry of tokenizer.json; empty when there is none."""
         self.piece_caches: dict[bool, dict[int, bytes]] = {}
@@ -87,11 +93,15 @@ class TextTokenizer:
         return encoding.ids
 
     def _read_eos_token_ids(self, folder: Path) -> frozenset[int]:
-        declared = _read_json(folder / "generation_config.json").get("eos_token_id")
-        ids = set(cast("list[int]", declared) if isinstance(declared, list) else [declared])
+        path = folder / "generation_config.json"
+        declared = _read_json(path).get("eos_token_id")
+        ids = cast("list[object]", declared) if isinstance(declared, list) else [declared]
         eos_token = self.special_tokens.get("eos_token")
-        ids.add(self.token_id(eos_token) if eos_token is not None else None)
-        return frozenset(id for id in ids if id is not None)
+        named = self.token_id(eos_token) if eos_token is not None else None
+        found = [id for id in (*ids, named) if id is not None]
+        if not all(type(id) is int for id in found):
+            raise TokenizerError(f"{path}: eos_token_id is neither a token id nor a list of them")
+        return frozenset(cast("list[int]", found))
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:
@@ -113,7 +123,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} holds no JSON object")

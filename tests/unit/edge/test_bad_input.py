@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.frontend.edge import EdgeOptions
+from services.frontend.edge import EdgeOptions, schemas
 from tests.unit.edge.fakes import ScriptedGeneration
 from tests.unit.edge.harness import (
     BODIES,
@@ -52,6 +52,8 @@ ON_BOTH: list[tuple[str, object]] = [
     ("stop", 5),
     ("stop", {}),
     ("stop_token_ids", 5),
+    ("stop_token_ids", [1] * 65),
+    ("stop", ["a"] * 17),
     ("stream", "yes"),
     ("stream", 1),
     ("stream_options", {"include_usage": True}),
@@ -155,6 +157,12 @@ async def test_a_bad_message_is_refused_by_its_place(message: object, param: str
 async def test_a_bad_entry_is_refused_by_its_place(name: str, place: str) -> None:
     good: object = "a" if name == "stop" else 1
     assert (await refused(ScriptedGeneration(), COMPLETIONS, **{name: [good, None]}))["param"] == place
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3, 4], [[1, 2, 3, 4]]])
+async def test_more_token_ids_than_any_model_takes_are_refused(monkeypatch: pytest.MonkeyPatch, prompt: object) -> None:
+    monkeypatch.setattr(schemas, "MAX_TOKEN_IDS", 3)
+    assert (await refused(ScriptedGeneration(), COMPLETIONS, prompt=prompt))["param"] == "prompt"
 
 
 async def test_an_unknown_stream_option_is_refused_by_name() -> None:

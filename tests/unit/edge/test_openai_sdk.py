@@ -109,7 +109,7 @@ async def test_the_sdks_own_stream_helper() -> None:
         (failure(Code.ALREADY_EXISTS, Reason.DUPLICATE_REQUEST_ID), openai.ConflictError),
         (failure(Code.RESOURCE_EXHAUSTED, Reason.TOO_MANY_REQUESTS), openai.RateLimitError),
         (failure(Code.UNAVAILABLE, Reason.NO_WORKER), openai.InternalServerError),
-        (failure(Code.DEADLINE_EXCEEDED, Reason.DEADLINE_FIRST_TOKEN), openai.InternalServerError),
+        (failure(Code.DEADLINE_EXCEEDED, Reason.DEADLINE_PREFILL), openai.InternalServerError),
     ],
 )
 async def test_a_refusal_is_the_sdks_error(refusal: RequestError, kind: type[openai.APIStatusError]) -> None:

@@ -187,6 +187,18 @@ def test_a_template_with_a_syntax_error_is_refused_when_loaded() -> None:
         template("{% for x in %}")
 
 
+@pytest.mark.parametrize("depth", [25, 2000])
+def test_a_template_that_pythons_compiler_refuses_is_refused_when_loaded(depth: int) -> None:
+    with pytest.raises(ChatTemplateError, match="cannot be compiled"):
+        template("{% for x in [1] %}" * depth + "x" + "{% endfor %}" * depth)
+
+
+def test_a_template_that_is_no_text_is_refused_when_loaded(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": 3}]}')
+    with pytest.raises(ChatTemplateError, match="cannot be compiled"):
+        ChatTemplate.from_folder(tmp_path, {})
+
+
 def test_a_missing_template_is_named(tmp_path: Path) -> None:
     with pytest.raises(ChatTemplateError, match="no chat template"):
         ChatTemplate.from_folder(tmp_path, {})

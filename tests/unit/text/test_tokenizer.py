@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from services.frontend.text import InvalidTextError, TextTokenizer, TokenizerError
 from tests.unit.text.conftest import MakeTokenizer, llama_style_tokenizer
@@ -84,6 +86,28 @@ def test_end_tokens_come_from_the_generation_config_too(tmp_path: Path, tokenize
     tokenizer = TextTokenizer(tmp_path)
     assert tokenizer.eos_token_ids == {0, 17, tokenizer.token_id("<|im_end|>")}
     assert tokenizer.special_token_ids >= {0, 1, 2}
+
+
+@pytest.mark.parametrize("declared", ["[[1]]", '"</s>"', "[1.5]", "true", '[{"id": 1}]'])
+def test_an_end_token_that_is_no_id_is_named(tmp_path: Path, declared: str) -> None:
+    llama_style_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {declared}}}')
+    with pytest.raises(TokenizerError, match=r"generation_config\.json: eos_token_id"):
+        TextTokenizer(tmp_path)
+
+
+def test_the_longest_token_may_be_an_added_one(make_tokenizer: MakeTokenizer) -> None:
+    assert make_tokenizer(llama_style_tokenizer()).longest_token == len("<0x00>")
+    assert make_tokenizer(llama_style_tokenizer(), eos_token="<|end of the turn|>").longest_token == 19
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.lists(st.one_of(st.text(), st.sampled_from([*TEXTS, "日本 x", "<tool>", "    "]))).map("".join))
+def test_no_token_holds_more_characters_than_the_longest(
+    smollm2: TextTokenizer, byte_level: TextTokenizer, llama_style: TextTokenizer, text: str
+) -> None:
+    for tokenizer in (smollm2, byte_level, llama_style):
+        assert len(text) <= len(tokenizer._encode(text, False)) * tokenizer.longest_token
 
 
 def test_truncation_and_padding_of_the_file_are_not_applied(make_tokenizer: MakeTokenizer) -> None:
