@@ -35,10 +35,10 @@ test: model ## every stage in order, the quick ones first; all run even when one
 test-unit: setup ## one module at a time, no processes, no network
 	$(call stage,unit,one module at a time$(comma) no engine)
 
-test-integration: setup ## real processes and etcd with the simulated engine
-	$(call stage,integration,real processes and etcd with the simulated engine)
+test-integration: setup ## real etcd, sockets and processes around a fake or simulated engine
+	$(call stage,integration,real etcd$(comma) sockets and processes around a fake or simulated engine)
 
-test-chaos: setup ## kills, freezes and restarts of real processes, simulated engine
+test-chaos: setup ## kills, freezes and restarts of real processes (skipped without tests/chaos)
 	$(call stage,chaos,kills$(comma) freezes and restarts of real processes)
 
 test-e2e: model ## SGLang on the CPU: prefill and decode over NIXL, tokens compared

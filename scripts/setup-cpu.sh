@@ -76,7 +76,15 @@ usable_venv() {
     [[ -z ${PYTHON:-} || $("$PYTHON" -V) == "$("$VENV/bin/python" -V)" ]]
 }
 
-create_venv() { usable_venv || "$python" -m venv --clear "$VENV"; }
+create_venv() {
+    usable_venv && return
+    # --clear empties the folder: only one that is an environment, or nothing yet.
+    if [[ -d $VENV && ! -f $VENV/pyvenv.cfg && -n $(ls -A "$VENV") ]]; then
+        say "$VENV exists and is no virtual environment: choose another folder with VENV=..."
+        return 1
+    fi
+    "$python" -m venv --clear "$VENV"
+}
 
 # A plain `torch==2.13.0` would be the CUDA build on Linux, so the +cpu build is asked for by its full version: pip's own
 # sources are tried first (a mirror or a wheel folder may have it), then PyTorch's CPU index. Hashes are checked either way.

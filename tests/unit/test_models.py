@@ -246,13 +246,13 @@ class TestCommand:
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         listing = parser.parse_args(["model", "list"])
-        assert listing.run(listing) == 0
+        assert listing.run(listing, []) == 0
         assert "not fetched" in capsys.readouterr().out
         fetching = parser.parse_args(["model", "fetch", "smollm2", "--verify"])
-        assert fetching.run(fetching) == 0
+        assert fetching.run(fetching, []) == 0
         folder = tmp_path / "kvbaton/models/smollm2"
         assert capsys.readouterr().out == f"{folder}\n"
-        assert listing.run(listing) == 0
+        assert listing.run(listing, []) == 0
         assert capsys.readouterr().out.split()[::3] == ["smollm2", str(folder)]
 
     def test_a_failure_is_one_line_and_status_1(
@@ -266,7 +266,7 @@ class TestCommand:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         conversion.error = smollm2.ModelConversionError("unknown tensor x")
         args = parser.parse_args(["model", "fetch", "smollm2"])
-        assert args.run(args) == 1
+        assert args.run(args, []) == 1
         assert capsys.readouterr().err.splitlines()[-1] == "kvbaton model fetch smollm2: unknown tensor x"
 
 
