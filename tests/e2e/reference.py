@@ -67,19 +67,33 @@ class Reference:
 
         After a near tie that was decided the other way the two texts are different texts: the rest is not compared.
         """
+        return self.differences_between(answers, self.tokens)
+
+    def differences_between(self, answers: dict[int, list[int]], others: dict[int, list[int]]) -> list[str]:
+        """The same for two sets of answers, whose first different token must be a near tie of the reference.
+
+        Where both have left the reference together before, the gaps are those of another text: it counts as different.
+        """
         found: list[str] = []
         for length, answer in answers.items():
-            expected = self.tokens[length]
-            assert len(answer) == len(expected), f"prompt of {length} tokens: {len(answer)} tokens came back"
-            position = next(
-                (i for i, pair in enumerate(zip(answer, expected, strict=True)) if pair[0] != pair[1]), None
-            )
+            other = others[length]
+            position = _first_difference(answer, other)
             if position is None:
+                continue
+            where = f"prompt of {length} tokens, token {position}"
+            left = _first_difference(answer, self.tokens[length])
+            if left is not None and left < position:
+                found.append(f"{where}: both left the reference at token {left}")
                 continue
             gap = self.gaps[length][position]
             assert gap < NEAR_TIE, (
-                f"prompt of {length} tokens, token {position}: {answer[position]} instead of {expected[position]},"
+                f"{where}: {answer[position]} instead of {other[position]},"
                 f" although the best two logits are {gap:.4f} apart"
             )
-            found.append(f"prompt of {length} tokens, token {position}: near tie of {gap:.2e}")
+            found.append(f"{where}: near tie of {gap:.2e}")
         return found
+
+
+def _first_difference(one: list[int], other: list[int]) -> int | None:
+    assert len(one) == len(other), f"{len(one)} tokens came back instead of {len(other)}"
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
