@@ -6,6 +6,7 @@ google.rpc.RetryInfo. Servers raise `RequestError`; clients get the same object 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -16,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "kvbaton"
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 # Characters of a message on the wire: trailers are limited to a few KiB and hold it twice.
 MAX_MESSAGE = 1024
 
@@ -39,6 +41,7 @@ class Reason(StrEnum):
     REGISTRY_UNAVAILABLE = "REGISTRY_UNAVAILABLE"
     PEER_UNREACHABLE = "PEER_UNREACHABLE"
     WORKER_UNREACHABLE = "WORKER_UNREACHABLE"
+    WORKER_SILENT = "WORKER_SILENT"
     WORKER_NOT_SERVING = "WORKER_NOT_SERVING"
     WORKER_DRAINING = "WORKER_DRAINING"
     ENGINE_DEAD = "ENGINE_DEAD"
@@ -106,6 +109,10 @@ class RequestError(Exception):
 
     def to_status(self) -> grpc.Status:
         """For `context.abort_with_status`."""
+        return rpc_status.to_status(self.to_rpc_status())
+
+    def to_rpc_status(self) -> status_pb2.Status:
+        """As a message, for a stream that carries more than one request."""
         # Built once per failed request, never on the token path.
         message = self.message if len(self.message) <= MAX_MESSAGE else self.message[:MAX_MESSAGE] + "..."
         status = status_pb2.Status(code=self.code.value[0], message=message)
@@ -119,12 +126,21 @@ class RequestError(Exception):
             packed = any_pb2.Any()
             packed.Pack(retry)
             status.details.append(packed)
-        return rpc_status.to_status(status)
+        return status
 
     @classmethod
     def from_rpc_error(cls, error: grpc.RpcError) -> RequestError:
         """Reads the typed error out of a failed call; `Reason.UNTYPED` when the status carries no ErrorInfo of ours."""
         code, message, details = _status_of(error)
+        return cls._from_details(code, message, details)
+
+    @classmethod
+    def from_rpc_status(cls, status: status_pb2.Status) -> RequestError:
+        """The inverse of `to_rpc_status`."""
+        return cls._from_details(_CODES.get(status.code, grpc.StatusCode.UNKNOWN), status.message, status.details)
+
+    @classmethod
+    def _from_details(cls, code: grpc.StatusCode, message: str, details: Iterable[any_pb2.Any]) -> RequestError:
         info = error_details_pb2.ErrorInfo()
         retry = error_details_pb2.RetryInfo()
         reason, retry_after = Reason.UNTYPED, None

@@ -1,0 +1,72 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from kvbaton.v1 import generate_pb2 as _generate_pb2
+from kvbaton.v1 import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ConnectRequest(_message.Message):
+    __slots__ = ("open", "submit", "abort")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    open: OpenSession
+    submit: SubmitLeg
+    abort: AbortLeg
+    def __init__(self, open: _Optional[_Union[OpenSession, _Mapping]] = ..., submit: _Optional[_Union[SubmitLeg, _Mapping]] = ..., abort: _Optional[_Union[AbortLeg, _Mapping]] = ...) -> None: ...
+
+class OpenSession(_message.Message):
+    __slots__ = ("incarnation", "heartbeat")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    incarnation: _worker_pb2.Incarnation
+    heartbeat: _duration_pb2.Duration
+    def __init__(self, incarnation: _Optional[_Union[_worker_pb2.Incarnation, _Mapping]] = ..., heartbeat: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class SubmitLeg(_message.Message):
+    __slots__ = ("leg", "request")
+    LEG_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    leg: int
+    request: _generate_pb2.GenerateRequest
+    def __init__(self, leg: _Optional[int] = ..., request: _Optional[_Union[_generate_pb2.GenerateRequest, _Mapping]] = ...) -> None: ...
+
+class AbortLeg(_message.Message):
+    __slots__ = ("leg",)
+    LEG_FIELD_NUMBER: _ClassVar[int]
+    leg: int
+    def __init__(self, leg: _Optional[int] = ...) -> None: ...
+
+class ConnectResponse(_message.Message):
+    __slots__ = ("updates", "state", "live_legs", "engine_silence")
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    LIVE_LEGS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_SILENCE_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedCompositeFieldContainer[LegUpdate]
+    state: _worker_pb2.WorkerState
+    live_legs: int
+    engine_silence: _duration_pb2.Duration
+    def __init__(self, updates: _Optional[_Iterable[_Union[LegUpdate, _Mapping]]] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., live_legs: _Optional[int] = ..., engine_silence: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class LegUpdate(_message.Message):
+    __slots__ = ("leg", "first_token", "accepted", "token_ids", "finished", "error")
+    LEG_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    leg: int
+    first_token: int
+    accepted: bool
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finished: _generate_pb2.Finished
+    error: bytes
+    def __init__(self, leg: _Optional[int] = ..., first_token: _Optional[int] = ..., accepted: _Optional[bool] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[_Union[_generate_pb2.Finished, _Mapping]] = ..., error: _Optional[bytes] = ...) -> None: ...
