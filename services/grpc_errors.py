@@ -28,7 +28,7 @@ class TypedErrors(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wraps unary-unary and generator-style unary-stream handlers; others pass as they are."""
+        """Wraps unary-unary and generator-style streaming handlers; others pass as they are."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -37,6 +37,8 @@ class TypedErrors(grpc.aio.ServerInterceptor):
             return handler._replace(unary_unary=_unary(handler.unary_unary, method))
         if inspect.isasyncgenfunction(handler.unary_stream):
             return handler._replace(unary_stream=_stream(handler.unary_stream, method))
+        if inspect.isasyncgenfunction(handler.stream_stream):
+            return handler._replace(stream_stream=_stream(handler.stream_stream, method))
         return handler
 
 

@@ -5,6 +5,7 @@
 - `lifecycle`: the worker's state, and everyone who must hear of it
 - `role`: what a role adds (services/prefill, services/decode)
 - `legs`: the requests this worker runs, by id
+- `leg_runner`: one leg from its request to its last token
 - `registration`: the worker's record
 - `servicers/`: the gRPC services
 - `engines/`: the `Engine` protocol and its implementations

@@ -23,6 +23,8 @@ from kvbaton.v1 import (
     health_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
     worker_pb2,
 )
 from services.config.worker import WorkerConfig
@@ -41,11 +43,13 @@ from services.worker import registration, system_http
 from services.worker.advertise import advertised_host
 from services.worker.core import Loaded, WorkerCore
 from services.worker.engines.protocol import Engine
+from services.worker.leg_runner import LegRunner
 from services.worker.lifecycle import Lifecycle
 from services.worker.role import RoleContract
 from services.worker.servicers.generate import GenerateServicer
 from services.worker.servicers.health import HealthServicer
 from services.worker.servicers.model import ModelServicer
+from services.worker.servicers.session import SessionServicer
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -59,6 +63,7 @@ SERVICE_NAMES = (
     health_pb2.DESCRIPTOR.services_by_name["HealthService"].full_name,
     bootstrap_pb2.DESCRIPTOR.services_by_name["BootstrapService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    session_pb2.DESCRIPTOR.services_by_name["WorkerSessionService"].full_name,
 )
 
 
@@ -101,6 +106,11 @@ class WorkerHost:
     def advertised_host(self) -> str:
         """The address that others reach this worker at."""
         return self._host
+
+    @property
+    def incarnation(self) -> worker_pb2.Incarnation:
+        """This life of the worker."""
+        return self._core.incarnation
 
     def engine_built(self, engine: Engine) -> None:
         """The engine is there. Called in the loop."""
@@ -273,7 +283,9 @@ class WorkerHost:
 
     def _register(self, server: grpc.aio.Server) -> tuple[str, ...]:
         self._health.register(server)
-        generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(self._core, self._contract), server)
+        runner = LegRunner(self._core, self._contract)
+        generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(self._core, runner), server)
+        session_pb2_grpc.add_WorkerSessionServiceServicer_to_server(SessionServicer(self._core, runner), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthServicer(self._core), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._core), server)
         bootstrap_pb2_grpc.add_BootstrapServiceServicer_to_server(self._contract.bootstrap_servicer(self._core), server)

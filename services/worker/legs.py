@@ -10,6 +10,7 @@ id of 32 hex digits of its own, and an abort that overtakes its request is remem
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -73,9 +74,16 @@ class LiveLegs:
         self._early_aborts = EarlyAborts()
         self._empty = asyncio.Event()
         self._empty.set()
+        # When the engine last said anything, or got its first leg after a rest.
+        self._last_word = time.monotonic()
 
     def __len__(self) -> int:
         return len(self._legs)
+
+    @property
+    def engine_silence(self) -> float | None:
+        """Seconds since the engine last said anything; None without live legs."""
+        return time.monotonic() - self._last_word if self._legs else None
 
     def admit(self, request_id: str, generate: Callable[[Leg], AsyncIterator[EngineDelta]]) -> Leg:
         """Takes a leg in and starts it; it is live until what `generate` returns ends.
@@ -92,6 +100,8 @@ class LiveLegs:
             )
         if self._early_aborts.claim(request_id):
             raise cancelled("aborted before it arrived")
+        if not self._legs:
+            self._last_word = time.monotonic()
         leg = Leg(request_id)
         leg.task = asyncio.create_task(self._run(leg, generate(leg)), name=f"leg {leg.request_id}")
         self._legs[request_id] = leg
@@ -107,13 +117,18 @@ class LiveLegs:
     async def _run(self, leg: Leg, deltas: AsyncIterator[EngineDelta]) -> None:
         outcome = "INTERNAL"
         try:
-            outcome = await leg.pump(deltas)
+            outcome = await leg.pump(self._heard(deltas))
         finally:
             del self._legs[leg.request_id]
             metrics.WORKER_LEGS.labels(self._role, outcome).inc()
             metrics.WORKER_LIVE_LEGS.labels(self._role).set(len(self._legs))
             if not self._legs:
                 self._empty.set()
+
+    async def _heard(self, deltas: AsyncIterator[EngineDelta]) -> AsyncIterator[EngineDelta]:
+        async for delta in deltas:
+            self._last_word = time.monotonic()
+            yield delta
 
     async def abort(self, request_id: str) -> bool:
         """Aborts a live leg, or remembers the abort for one that has not arrived. True when it was live."""

@@ -1,67 +1,42 @@
-"""GenerateService of a worker: checks one leg, runs it in the engine, streams its tokens."""
+"""GenerateService of a worker: one stream per leg."""
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
-from kvbaton.errors import Reason, RequestError, invalid
+from kvbaton.errors import invalid
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
-from services.requests import Role, check_prompt, check_request_id, check_sampling
-from services.worker.core import Loaded, WorkerCore
-from services.worker.engines.protocol import (
-    EngineDeadError,
-    EngineDelta,
-    EngineFinish,
-    EngineRefusedError,
-    EngineRequest,
-    Finish,
-)
-from services.worker.legs import Leg, cancelled
-from services.worker.role import RoleContract
+from services.requests import check_request_id
+from services.worker.core import WorkerCore
+from services.worker.leg_runner import LegRunner
 
 _TRACE_HEADERS = ("traceparent", "tracestate")
-_FINISH_REASONS = {
-    Finish.STOP: generate_pb2.FINISH_REASON_STOP,
-    Finish.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
-}
 
 
 class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
     """One per worker; errors leave as RequestError and become statuses in `grpc_errors`."""
 
-    def __init__(self, core: WorkerCore, contract: RoleContract) -> None:
+    def __init__(self, core: WorkerCore, runner: LegRunner) -> None:
         self._core = core
-        self._contract = contract
+        self._runner = runner
 
     async def Generate(  # type: ignore[override]
         self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
         """Streams one leg. Cancelling the call aborts it in the engine."""
-        received = time.monotonic()
-        request_id = check_request_id(request.request_id)
-        loaded = self._core.require_accepting()
-        engine_request = await self._checked(request, loaded, _trace_headers(context))
-        legs = self._core.legs
-        self._core.require_accepting()  # still, after the checks have waited
-        leg = legs.admit(request_id, lambda leg: loaded.engine.generate(_with_engine_id(engine_request, leg)))
-        timings = _Timings(received, self._core.role)
-        try:
+
+        async def accepted() -> None:
             # Headers now, not with the first token: they tell the frontend that the leg is accepted.
             await context.send_initial_metadata(())
-            async for delta in leg.deltas():
-                timings.token(delta)
-                if delta.finish is not None and delta.finish.reason is Finish.ABORT:
-                    raise self._abort_error(leg, delta.finish)
-                yield self._response(delta, leg, timings)
-        except (EngineRefusedError, EngineDeadError, RequestError) as error:
-            # The servicer knows the leg, its room and its id; the error itself may not.
-            raise self._typed(error).with_context(room=request.bootstrap.room, request_id=leg.request_id) from error
-        finally:
-            await legs.leave(leg)
+
+        run = self._runner.run(request, _trace_headers(context), accepted)
+        async with contextlib.aclosing(run) as responses:  # type: ignore[type-var]
+            async for response in responses:
+                yield response
 
     async def Abort(
         self, request: generate_pb2.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -70,102 +45,6 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         if not request.request_id:
             raise invalid("request_id", "missing")
         return generate_pb2.AbortResponse(found=await self._core.legs.abort(check_request_id(request.request_id)))
-
-    async def _checked(
-        self, request: generate_pb2.GenerateRequest, loaded: Loaded, trace_headers: dict[str, str]
-    ) -> EngineRequest:
-        """The request as the engine takes it, or an error that names the field."""
-        if request.model and request.model != loaded.record.model.name:
-            raise RequestError(
-                grpc.StatusCode.NOT_FOUND,
-                Reason.MODEL_NOT_FOUND,
-                f"model: this worker serves {loaded.record.model.name!r}, not {request.model!r}",
-                field="model",
-            )
-        given = request.WhichOneof("input")
-        if given != "token_ids":
-            raise invalid(given or "token_ids", "a worker takes token_ids only; text and chat are the frontend's")
-        if request.sampling.stop:
-            raise invalid("sampling.stop", "stop strings are matched by the frontend; a worker takes stop_token_ids")
-        if request.sampling.HasField("skip_special_tokens"):
-            raise invalid("sampling.skip_special_tokens", "a worker returns no text")
-        token_ids = check_prompt(request.token_ids.ids, loaded.limits)
-        sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=loaded.limits)
-        dp_rank = request.dp_rank if request.HasField("dp_rank") else None
-        if dp_rank is not None and dp_rank >= loaded.info.dp_size:
-            raise invalid("dp_rank", f"{dp_rank}: this worker has {loaded.info.dp_size} data-parallel ranks")
-        room = await self._contract.room(request)
-        return EngineRequest("", token_ids, sampling, room, dp_rank, trace_headers)
-
-    def _response(self, delta: EngineDelta, leg: Leg, timings: _Timings) -> generate_pb2.GenerateResponse:
-        response = generate_pb2.GenerateResponse(token_ids=delta.token_ids)
-        if delta.finish is None:
-            return response
-        finished = response.finished
-        finished.reason = _FINISH_REASONS[delta.finish.reason]
-        if delta.finish.matched_token_id is not None:
-            finished.matched_token_id = delta.finish.matched_token_id
-        finished.usage.prompt_tokens = delta.finish.prompt_tokens
-        finished.usage.completion_tokens = delta.finish.completion_tokens
-        finished.usage.cached_prompt_tokens = delta.finish.cached_tokens
-        finished.request_id = leg.request_id
-        timings.write(finished.timings)
-        return response
-
-    def _typed(self, error: EngineRefusedError | EngineDeadError | RequestError) -> RequestError:
-        if isinstance(error, RequestError):
-            return error
-        if isinstance(error, EngineRefusedError):
-            return self._failed(grpc.StatusCode.INVALID_ARGUMENT, Reason.ENGINE_REFUSED, str(error))
-        return self._failed(grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_DEAD, str(error))
-
-    def _abort_error(self, leg: Leg, finish: EngineFinish) -> RequestError:
-        if leg.drained_out:
-            return self._failed(
-                grpc.StatusCode.UNAVAILABLE, Reason.SHUTTING_DOWN, "the worker shut down before the request ended"
-            )
-        if leg.abort_requested:
-            return cancelled("aborted")
-        if finish.status == 400:
-            return self._failed(grpc.StatusCode.INVALID_ARGUMENT, Reason.ENGINE_REFUSED, finish.message)
-        return self._failed(grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_ABORTED, finish.message, retry_after=1.0)
-
-    def _failed(
-        self, code: grpc.StatusCode, reason: Reason, message: str, retry_after: float | None = None
-    ) -> RequestError:
-        core = self._core
-        return RequestError(code, reason, message, leg=core.role, worker=core.instance_id, retry_after=retry_after)
-
-
-class _Timings:
-    """When the phases of one leg ended, on the monotonic clock."""
-
-    def __init__(self, received: float, role: Role) -> None:
-        self._received = received
-        self._role = role
-        self._submitted = time.monotonic()
-        self._first: float | None = None
-
-    def token(self, delta: EngineDelta) -> None:
-        if self._first is None and delta.token_ids:
-            self._first = time.monotonic()
-
-    def write(self, timings: generate_pb2.Timings) -> None:
-        now = time.monotonic()
-        timings.queue.FromNanoseconds(int((self._submitted - self._received) * 1e9))
-        if self._first is None:
-            return
-        # Until its first token a decode worker can't tell prefill from transfer; a prefill worker sees no decode.
-        if self._role is not Role.DECODE:
-            timings.prefill.FromNanoseconds(int((self._first - self._submitted) * 1e9))
-        if self._role is not Role.PREFILL:
-            timings.decode.FromNanoseconds(int((now - self._first) * 1e9))
-
-
-def _with_engine_id(request: EngineRequest, leg: Leg) -> EngineRequest:
-    return EngineRequest(
-        leg.engine_id, request.token_ids, request.sampling, request.room, request.dp_rank, request.trace_headers
-    )
 
 
 def _trace_headers(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:

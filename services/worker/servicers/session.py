@@ -1,0 +1,182 @@
+"""WorkerSessionService: every leg that one frontend runs here, over one stream.
+
+A message costs grpc.aio about 50 microseconds. One for each turn of the event loop, with the new tokens of every leg in
+it, spreads that over all legs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+
+from kvbaton.errors import Reason, RequestError, invalid
+from kvbaton.v1 import generate_pb2, session_pb2, session_pb2_grpc
+from services.worker.core import WorkerCore
+from services.worker.leg_runner import LegRunner
+from services.worker.legs import cancelled
+
+log = structlog.get_logger()
+
+DEFAULT_HEARTBEAT = 0.25
+_SHORTEST_HEARTBEAT, _LONGEST_HEARTBEAT = 0.05, 10.0
+
+
+class SessionServicer(session_pb2_grpc.WorkerSessionServiceServicer):
+    """One per worker."""
+
+    def __init__(self, core: WorkerCore, runner: LegRunner) -> None:
+        self._core = core
+        self._runner = runner
+
+    async def Connect(  # type: ignore[override]
+        self,
+        request_iterator: AsyncIterator[session_pb2.ConnectRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[session_pb2.ConnectResponse]:
+        """Serves one frontend until either side ends the stream."""
+        first = await anext(aiter(request_iterator), session_pb2.ConnectRequest())
+        session = Session(self._core, self._runner, self._opened(first))
+        reading = asyncio.create_task(session.read(request_iterator), name="session commands")
+        try:
+            async for response in session.responses(reading):
+                yield response
+        finally:
+            reading.cancel()
+            await session.close()
+
+    def _opened(self, first: session_pb2.ConnectRequest) -> float:
+        """Checks the first command; returns the heartbeat in seconds."""
+        core = self._core
+        if first.WhichOneof("command") != "open":
+            raise invalid("open", "the first command opens the session")
+        if first.open.incarnation != core.incarnation:
+            raise RequestError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                Reason.PEER_REPLACED,
+                f"{core.role} worker {core.instance_id} is incarnation {core.incarnation.uuid}",
+                leg=core.role,
+                worker=core.instance_id,
+            )
+        if not first.open.HasField("heartbeat"):
+            return DEFAULT_HEARTBEAT
+        heartbeat = first.open.heartbeat.ToNanoseconds() / 1e9
+        if not _SHORTEST_HEARTBEAT <= heartbeat <= _LONGEST_HEARTBEAT:
+            raise invalid(
+                "open.heartbeat", f"{heartbeat:g} s is not in [{_SHORTEST_HEARTBEAT:g}, {_LONGEST_HEARTBEAT:g}]"
+            )
+        return heartbeat
+
+
+class Session:
+    """The legs of one frontend, and what it has not been told of them yet."""
+
+    def __init__(self, core: WorkerCore, runner: LegRunner, heartbeat: float) -> None:
+        self._core = core
+        self._runner = runner
+        self._heartbeat = heartbeat
+        self._legs: dict[int, asyncio.Task[None]] = {}
+        self._request_ids: dict[int, str] = {}
+        self._sent_tokens: dict[int, int] = {}
+        self._news: dict[int, session_pb2.LegUpdate] = {}
+        self._wake = asyncio.Event()
+        self._wake.set()
+
+    async def read(self, commands: AsyncIterator[session_pb2.ConnectRequest]) -> None:
+        """Takes commands, each without waiting, until the frontend has no more."""
+        async for command in commands:
+            match command.WhichOneof("command"):
+                case "submit":
+                    self._submit(command.submit)
+                case "abort":
+                    await self._abort(command.abort.leg)
+                case _:
+                    raise invalid("command", "a session is opened once, then takes submit and abort")
+
+    async def responses(self, reading: asyncio.Task[None]) -> AsyncIterator[session_pb2.ConnectResponse]:
+        """One message whenever there is news, and a heartbeat otherwise; ends when `reading` does."""
+        reading.add_done_callback(lambda _: self._wake.set())
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat):
+                    await self._wake.wait()
+            # The rest of this turn: an engine step wakes its legs one after the other.
+            await asyncio.sleep(0)
+            self._wake.clear()
+            yield self._take_news()
+            if reading.done():
+                reading.result()
+                return
+
+    async def close(self) -> None:
+        """Aborts what is left. The engine lets go in its own time; `WorkerCore.legs` waits for it."""
+        tasks = list(self._legs.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _submit(self, submit: session_pb2.SubmitLeg) -> None:
+        if submit.leg in self._legs or submit.leg in self._sent_tokens:
+            raise invalid("submit.leg", f"{submit.leg} was used before in this session")
+        self._request_ids[submit.leg] = submit.request.request_id
+        self._sent_tokens[submit.leg] = 0
+        self._legs[submit.leg] = asyncio.create_task(self._run(submit.leg, submit.request), name=f"leg {submit.leg}")
+
+    async def _abort(self, leg: int) -> None:
+        if leg in self._legs and not await self._core.legs.abort(self._request_ids[leg]):
+            # Not admitted yet: its checks still wait for the registry.
+            self._legs[leg].cancel()
+
+    async def _run(self, leg: int, request: generate_pb2.GenerateRequest) -> None:
+        async def accepted() -> None:
+            self._update(leg).accepted = True
+
+        try:
+            async with contextlib.aclosing(self._runner.run(request, {}, accepted)) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    self._add(leg, response)
+        except RequestError as error:
+            self._fail(leg, error)
+        except asyncio.CancelledError:
+            self._fail(leg, cancelled("aborted"))
+            raise
+        except Exception as error:
+            log.error("leg failed", exc_info=error)
+            self._fail(leg, RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
+        finally:
+            del self._legs[leg], self._request_ids[leg]
+
+    def _add(self, leg: int, response: generate_pb2.GenerateResponse) -> None:
+        update = self._update(leg)
+        update.token_ids.extend(response.token_ids)
+        if response.HasField("finished"):
+            update.finished.CopyFrom(response.finished)
+
+    def _fail(self, leg: int, error: RequestError) -> None:
+        self._update(leg).error = error.to_rpc_status().SerializeToString()
+
+    def _update(self, leg: int) -> session_pb2.LegUpdate:
+        """The leg's update of this turn."""
+        update = self._news.get(leg)
+        if update is None:
+            update = self._news[leg] = session_pb2.LegUpdate(leg=leg, first_token=self._sent_tokens[leg])
+            self._wake.set()
+        return update
+
+    def _take_news(self) -> session_pb2.ConnectResponse:
+        news, self._news = self._news, {}
+        for leg, update in news.items():
+            if leg in self._legs:
+                self._sent_tokens[leg] += len(update.token_ids)
+            else:
+                del self._sent_tokens[leg]
+        response = session_pb2.ConnectResponse(
+            updates=news.values(), state=self._core.lifecycle.state, live_legs=len(self._core.legs)
+        )
+        if (silence := self._core.legs.engine_silence) is not None:
+            response.engine_silence.FromNanoseconds(int(silence * 1e9))
+        return response
