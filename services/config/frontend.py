@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from services.config.common import EtcdFlags, LogFlags, TlsFlags
 from services.config.flags import flag, group
@@ -16,6 +17,8 @@ class FrontendConfig:
     port: int = flag(50051, "gRPC port")
     http_port: int = flag(8000, "HTTP port of the OpenAI API, /health, /live and /metrics")
 
+    link: Literal["streams", "session"] = flag("streams", "one gRPC stream per leg, or one session per worker")
+    heartbeat: float = flag(0.25, "seconds; a worker that is silent for two of them gets no new work (session)")
     max_live_requests: int = flag(4096, "requests accepted at once; more get RESOURCE_EXHAUSTED")
     queue_timeout: float = flag(30.0, "seconds until a request has workers")
     prefill_timeout: float = flag(60.0, "seconds from dispatch until prefill's token, for an empty prompt")
@@ -36,6 +39,7 @@ class FrontendConfig:
 
     def __post_init__(self) -> None:
         positive = (
+            "heartbeat",
             "queue_timeout",
             "prefill_timeout",
             "transfer_timeout",

@@ -59,8 +59,14 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def link() -> str:
+    """How the frontend reaches workers; modules whose promises hold for every link override it with all of them."""
+    return "streams"
+
+
 @pytest_asyncio.fixture
-async def cluster(etcd_endpoint: str, model_folder: Path) -> AsyncIterator[FakeCluster]:
+async def cluster(etcd_endpoint: str, model_folder: Path, link: str) -> AsyncIterator[FakeCluster]:
     """A frontend without workers."""
-    async with FakeCluster(etcd_endpoint, f"t-{uuid.uuid4().hex[:12]}", model_folder) as cluster:
+    async with FakeCluster(etcd_endpoint, f"t-{uuid.uuid4().hex[:12]}", model_folder, link=link) as cluster:
         yield cluster

@@ -20,6 +20,11 @@ from tests.support.waiting import eventually
 PROMPT = [5, 6, 7]
 
 
+@pytest.fixture(params=["streams", "session"])
+def link(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 def greedy(count: int = 8) -> SamplingParams:
     return SamplingParams(max_new_tokens=count, temperature=0)
 
@@ -323,6 +328,7 @@ async def test_decode_keeps_its_pages_while_prefills_end_is_not_proven(
 ) -> None:
     """A prefill host that doesn't answer may have an engine that still writes."""
     monkeypatch.setattr("services.frontend.link.streams.ABORT_CALL_TIMEOUT", 0.2)
+    monkeypatch.setattr("services.frontend.link.proof.CALL_TIMEOUT", 0.2)
     prefill, decode = await cluster.start_pair()
     prefill.engine.behaviour.hang = decode.engine.behaviour.hang = True
     stalled = asyncio.Event()

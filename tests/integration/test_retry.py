@@ -18,6 +18,11 @@ PROMPT = [5, 6, 7]
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0)
 
 
+@pytest.fixture(params=["streams", "session"])
+def link(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 async def two_and_two(
     cluster: FakeCluster, failing: Role, behaviour: Behaviour
 ) -> tuple[HostedWorker, list[HostedWorker]]:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import subprocess
-import sys
-import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,56 +14,10 @@ from kvbaton.errors import RequestError
 from kvbaton.v1 import worker_pb2
 from services.requests import Sampling
 from services.worker.engines.simulated.oracle import expected_tokens
-from tests.support.ports import free_port
+from tests.support.processes import Processes, answering
 from tests.support.simulator import Simulator
-from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 160))
-ROOT = Path(__file__).parents[2]
-
-
-class Processes:
-    """A frontend and its workers."""
-
-    def __init__(self, etcd_endpoint: str, logs: Path) -> None:
-        self.grpc_port = free_port()
-        self.system_endpoints: dict[str, str] = {}
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._etcd = ("--etcd-endpoints", etcd_endpoint, "--namespace", f"t-{uuid.uuid4().hex[:12]}")
-        self._logs = logs
-
-    def frontend(self) -> None:
-        self._start("frontend", "frontend", "--port", str(self.grpc_port), "--http-port", str(free_port()))
-
-    def worker(self, name: str, *arguments: str, sim: str = "") -> None:
-        system_port = free_port()
-        self.system_endpoints[name] = f"127.0.0.1:{system_port}"
-        ports = ("--port", str(free_port()), "--system-port", str(system_port))
-        bootstrap = ("--disaggregation-bootstrap-port", str(free_port()))
-        engine = ("--engine", "simulated", "--sim", sim, "--model-path", "no-model", "--drain-grace", "0.1")
-        self._start(name, *arguments, *ports, *bootstrap, *engine)
-
-    def _start(self, name: str, *arguments: str) -> None:
-        with (self._logs / f"{name}.log").open("wb") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", *arguments, *self._etcd],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def log(self, name: str) -> str:
-        return (self._logs / f"{name}.log").read_text()
-
-    def stop(self) -> None:
-        for process in self.processes.values():
-            process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 @pytest_asyncio.fixture
@@ -79,18 +28,6 @@ async def processes(etcd_endpoint: str, tmp_path: Path) -> AsyncIterator[Process
         yield processes
     finally:
         await asyncio.to_thread(processes.stop)
-
-
-async def answering(client: Client) -> None:
-    """Waits until the frontend can place a request."""
-
-    async def once() -> bool:
-        with contextlib.suppress(RequestError):
-            await client.generate(token_ids=[1], sampling=SamplingParams(max_new_tokens=1), timeout=5)
-            return True
-        return False
-
-    await eventually(once, within=60, every=0.2, what="an answer")
 
 
 async def test_a_pair_answers_as_the_oracle_does(processes: Processes) -> None:

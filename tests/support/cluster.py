@@ -42,12 +42,12 @@ class HostedWorker:
 class FakeCluster:
     """Use it as an async context manager; then `start_worker` as often as needed."""
 
-    def __init__(self, etcd_endpoint: str, namespace: str, model_folder: Path, **frontend: float) -> None:
+    def __init__(self, etcd_endpoint: str, namespace: str, model_folder: Path, **frontend: object) -> None:
         self.etcd = EtcdFlags(etcd_endpoints=etcd_endpoint, namespace=namespace)
         self.rooms = Rooms()
         self.workers: list[HostedWorker] = []
         self._model_folder = model_folder
-        self._frontend_config = replace(FrontendConfig(port=0, http_port=0, etcd=self.etcd), **frontend)
+        self._frontend_config = replace(FrontendConfig(port=0, http_port=0, etcd=self.etcd), **frontend)  # type: ignore[arg-type]
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:

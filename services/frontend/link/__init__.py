@@ -2,4 +2,6 @@
 
 - `protocol`: `WorkerLink`, and what comes back
 - `streams`: one gRPC stream per leg
+- `session`: one gRPC stream per worker
+- `proof`: whether a worker has let go of a leg whose stream broke
 """

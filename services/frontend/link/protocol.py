@@ -57,6 +57,11 @@ class Leg(Protocol):
 class WorkerLink(Protocol):
     """The connection to one incarnation of one worker."""
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the worker has shown lately that it is there; new legs go to healthy workers only."""
+        ...
+
     def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink) -> Leg:
         """Sends one leg. `request.request_id` is 32 hex digits and fresh. Never raises: failures reach the sink."""
         ...

@@ -6,22 +6,17 @@ import asyncio
 
 import grpc
 import grpc.aio
-import structlog
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
+from services.frontend.link.proof import prove_ended
 from services.frontend.link.protocol import LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
-
-log = structlog.get_logger()
 
 # Seconds for the Abort call itself, and for the stream to end after it; then the call is cancelled from our side.
 ABORT_CALL_TIMEOUT = 2.0
 ABORT_END_TIMEOUT = 5.0
-# Seconds until a leg whose end can't be proven counts as ended all the same.
-RELEASE_DEADLINE = 30.0
 # The stream's own deadline comes this much later than the request's: ending legs in order is the owner's business.
 _BACKSTOP = 30.0
-_ASK_AGAIN = 0.2
 
 
 class StreamLink:
@@ -33,6 +28,11 @@ class StreamLink:
         self._worker, self._leg = worker, leg
         self._total_timeout = total_timeout
         self._legs: set[StreamLeg] = set()
+
+    @property
+    def healthy(self) -> bool:
+        """Streams per leg have no heartbeat: the channel's state has to do."""
+        return True
 
     def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink) -> StreamLeg:
         """See `WorkerLink`."""
@@ -131,29 +131,9 @@ class StreamLeg:
                 task.cancel()
 
     def _start_proving(self) -> None:
-        self._proving = asyncio.create_task(self._prove_ended(), name=f"prove {self._request_id}")
-
-    async def _prove_ended(self) -> None:
-        """Returns once the worker says that it doesn't have the leg, or nobody listens at its address any more.
-
-        A process that is only frozen, or behind a broken network, proves nothing: its engine may go on writing KV pages
-        into the other leg's memory. After RELEASE_DEADLINE it counts as ended all the same.
-        """
-        request = generate_pb2.AbortRequest(request_id=self._request_id)
-        try:
-            async with asyncio.timeout(RELEASE_DEADLINE):
-                while True:
-                    try:
-                        if not (await self._stub.Abort(request, timeout=ABORT_CALL_TIMEOUT)).found:
-                            return
-                    except grpc.aio.AioRpcError as error:
-                        if "Connection refused" in (error.details() or ""):
-                            return
-                    await asyncio.sleep(_ASK_AGAIN)
-        except TimeoutError:
-            log.warning("a leg's end is not proven", worker=self._worker, room=self._room, seconds=RELEASE_DEADLINE)
-        except grpc.aio.UsageError:
-            return  # the channel is closed: the worker is withdrawn or replaced
+        self._proving = asyncio.create_task(
+            prove_ended(self._stub, self._request_id, worker=self._worker), name=f"prove {self._request_id}"
+        )
 
     def _fail(self, error: RequestError) -> None:
         self._sink(LegFailed(error.with_context(leg=self._leg, worker=self._worker, room=self._room)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2
@@ -75,6 +76,12 @@ class Answer:
         if isinstance(event, LegFinished):
             return self._finished(Output(token_ids, text), finished=event.finished)
         return Output(token_ids, text)
+
+    def with_prefills_word(self, output: Output) -> Output:
+        """The last output, with what prefill has said since it was made."""
+        assert self.complete is not None
+        self.complete = replace(self.complete, cached_prompt_tokens=self._cached, timings=self.timings())
+        return replace(output, finished=self.complete)
 
     def timings(self) -> Timings:
         """Seconds of each phase as far as it got."""

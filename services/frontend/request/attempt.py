@@ -75,13 +75,11 @@ class Attempt:
         if prefill is not None:
             if answered and Role.PREFILL in self._open:
                 await self._await_end(prefill)
-            if Role.PREFILL in self._open:
-                prefill.abort()
-            # A leg that has failed for us may still run there.
+            # Also one that has failed for us: it may still run there.
+            prefill.abort()
             await prefill.ended()
-        for role, leg in self._legs.items():
-            if role in self._open:
-                leg.abort()
+        for leg in self._legs.values():
+            leg.abort()
             await leg.ended()
         for worker in self.placement.workers:
             worker.request_ended()

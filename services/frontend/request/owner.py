@@ -202,7 +202,7 @@ class RequestOwner:
                 continue
             await self._settle_hand_over(item.attempt)
             self._state.take(Step.COMPLETE)
-            self._outputs.put_nowait(output)
+            self._outputs.put_nowait(self.answer.with_prefills_word(output))
             return
 
     async def _settle_hand_over(self, attempt: Attempt) -> None:

@@ -14,6 +14,7 @@ from services.frontend.router.placement import Placement
 _ONE_WORKERS_FAULT = frozenset(
     {
         Reason.WORKER_UNREACHABLE,
+        Reason.WORKER_SILENT,
         Reason.WORKER_NOT_SERVING,
         Reason.WORKER_DRAINING,
         Reason.SHUTTING_DOWN,

@@ -10,11 +10,14 @@ import grpc.aio
 import structlog
 
 from kvbaton.v1 import health_pb2, health_pb2_grpc, model_pb2, model_pb2_grpc, worker_pb2
+from services.config.frontend import FrontendConfig
+from services.frontend.link.protocol import WorkerLink
+from services.frontend.link.session import SessionLink
 from services.frontend.link.streams import StreamLink
 from services.frontend.text.tokenizer import TokenizerError
 from services.frontend.text_models import TextModel, TextModels
 from services.requests import Limits, Role
-from services.transport import TlsConfig, make_channel
+from services.transport import make_channel
 
 log = structlog.get_logger()
 
@@ -32,9 +35,8 @@ class Worker:
         self,
         record: worker_pb2.WorkerRecord,
         *,
-        tls: TlsConfig | None,
+        config: FrontendConfig,
         texts: TextModels,
-        total_timeout: float,
         changed: Callable[[], None],
     ) -> None:
         self.record = record
@@ -51,8 +53,8 @@ class Worker:
         self._unexpected = ""
         self._texts = texts
         self._changed = changed
-        self._channel = make_channel(record.grpc_endpoint, tls=tls)
-        self.link = StreamLink(self._channel, worker=record.instance_id, leg=self.role, total_timeout=total_timeout)
+        self._channel = make_channel(record.grpc_endpoint, tls=config.tls.client())
+        self.link = self._make_link(config)
         self._watching = asyncio.create_task(self._watch(), name=f"worker {record.instance_id}")
 
     @property
@@ -63,13 +65,15 @@ class Worker:
     @property
     def routable(self) -> bool:
         """Whether a new request may go here."""
-        return self._answers and self.record.state == worker_pb2.WORKER_STATE_SERVING
+        return self._answers and self.link.healthy and self.record.state == worker_pb2.WORKER_STATE_SERVING
 
     @property
     def reason(self) -> str:
         """Why it is not routable; empty when it is."""
         if self.record.state == worker_pb2.WORKER_STATE_DRAINING:
             return "draining"
+        if self._answers and not self.link.healthy:
+            return "no session, or silent"
         return "" if self.routable else self._reason
 
     @property
@@ -113,6 +117,18 @@ class Worker:
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
         await self.link.close()
+
+    def _make_link(self, config: FrontendConfig) -> WorkerLink:
+        if config.link == "session":
+            return SessionLink(
+                self._channel,
+                self.record.incarnation,
+                worker=self.instance_id,
+                leg=self.role,
+                heartbeat=config.heartbeat,
+                changed=self._changed,
+            )
+        return StreamLink(self._channel, worker=self.instance_id, leg=self.role, total_timeout=config.total_timeout)
 
     async def _watch(self) -> None:
         """Asks until it serves, then waits until the connection breaks, for ever."""

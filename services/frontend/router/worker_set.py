@@ -99,9 +99,8 @@ class WorkerSet:
         log.info("worker found", worker=record.instance_id, endpoint=record.grpc_endpoint, model=record.model.name)
         self._workers[key] = Worker(
             record,
-            tls=self._config.tls.client(),
+            config=self._config,
             texts=self._texts,
-            total_timeout=self._config.total_timeout,
             changed=self._changed,
         )
         self._changed()

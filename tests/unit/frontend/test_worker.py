@@ -10,6 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvbaton.v1 import worker_pb2
+from services.config.frontend import FrontendConfig
 from services.frontend.router import worker as worker_module
 from services.frontend.router.worker import Worker
 from tests.support.waiting import eventually
@@ -48,9 +49,8 @@ async def test_an_unexpected_error_is_a_reason_logged_once_and_asked_again(monke
     with capture_logs() as logs:
         worker = Worker(
             RECORD,
-            tls=None,
+            config=FrontendConfig(),
             texts=texts,
-            total_timeout=1.0,
             changed=lambda: reasons.append(worker.reason),
         )
         await eventually(lambda: worker.routable, what="routable in the end")

@@ -1,0 +1,241 @@
+"""`WorkerLink` over one WorkerSessionService stream for all legs of a worker.
+
+A lost stream fails every leg on it; there is no resume. A worker that is silent for two heartbeats is suspect: its legs
+fail for their requests at once, although it may come back, and it gets no new ones until it speaks again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import grpc.aio
+import structlog
+from google.rpc import status_pb2
+
+from kvbaton.errors import Reason, RequestError
+from kvbaton.v1 import generate_pb2, generate_pb2_grpc, session_pb2, session_pb2_grpc, worker_pb2
+from services.frontend.link.proof import RELEASE_DEADLINE, prove_ended
+from services.frontend.link.protocol import LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
+
+log = structlog.get_logger()
+
+# How many heartbeats a worker may miss.
+SILENT_HEARTBEATS = 2
+_RECONNECT_SECONDS = 0.1
+
+
+class SessionLink:
+    """One channel to one incarnation of a worker. `worker` and `leg` name it in errors; `heartbeat` is in seconds.
+
+    `changed` is called when `healthy` has changed.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        incarnation: worker_pb2.Incarnation,
+        *,
+        worker: str,
+        leg: str,
+        heartbeat: float,
+        changed: Callable[[], None],
+    ) -> None:
+        self._channel = channel
+        self._sessions = session_pb2_grpc.WorkerSessionServiceStub(channel)
+        self._generate = generate_pb2_grpc.GenerateServiceStub(channel)
+        self._incarnation = incarnation
+        self._worker, self._leg = worker, leg
+        self._heartbeat = heartbeat
+        self._changed = changed
+        self._numbers = itertools.count(1)
+        self._legs: dict[int, SessionLeg] = {}
+        self._commands: deque[session_pb2.ConnectRequest] = deque()
+        self._command = asyncio.Event()
+        self._heard_at = 0.0
+        self._healthy = False
+        self._proving: set[asyncio.Task[None]] = set()
+        self._tasks = [
+            asyncio.create_task(self._keep_connected(), name=f"session {worker}"),
+            asyncio.create_task(self._watch_silence(), name=f"silence {worker}"),
+        ]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the session stands and the worker has spoken lately."""
+        return self._healthy
+
+    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink) -> SessionLeg:
+        """See `WorkerLink`."""
+        leg = SessionLeg(self, next(self._numbers), request, sink)
+        if not self._healthy:
+            asyncio.get_running_loop().call_soon(leg.fail, self._error(Reason.WORKER_UNREACHABLE, "no session with it"))
+            leg.released.set()
+            return leg
+        self._legs[leg.number] = leg
+        submit = session_pb2.SubmitLeg(leg=leg.number, request=request)
+        self._commands.append(session_pb2.ConnectRequest(submit=submit))
+        self._command.set()
+        return leg
+
+    def send_abort(self, number: int) -> None:
+        """Ahead of every submit that waits to be sent."""
+        if number in self._legs:
+            self._commands.appendleft(session_pb2.ConnectRequest(abort=session_pb2.AbortLeg(leg=number)))
+            self._command.set()
+
+    async def close(self) -> None:
+        """See `WorkerLink`."""
+        for task in (*self._tasks, *self._proving):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._proving, return_exceptions=True)
+        for leg in list(self._legs.values()):
+            leg.fail(self._error(Reason.WORKER_UNREACHABLE, "the worker is gone"))
+            leg.released.set()
+        self._legs.clear()
+        await self._channel.close()
+
+    async def _keep_connected(self) -> None:
+        while True:
+            try:
+                await self._session()
+                why = "the worker ended the session"
+            except grpc.aio.AioRpcError as error:
+                why = f"{error.code().name} {error.details()}"
+            self._set_healthy(False, why)
+            self._lose_legs(why)
+            await asyncio.sleep(_RECONNECT_SECONDS)
+
+    async def _session(self) -> None:
+        """One stream, until it ends. Raises AioRpcError."""
+        self._commands.clear()
+        opening = session_pb2.OpenSession(incarnation=self._incarnation)
+        opening.heartbeat.FromNanoseconds(int(self._heartbeat * 1e9))
+        self._commands.append(session_pb2.ConnectRequest(open=opening))
+        self._command.set()
+        call = self._sessions.Connect(self._outgoing())
+        try:
+            async for response in call:
+                self._heard_at = time.monotonic()
+                self._set_healthy(True, "")
+                for update in response.updates:
+                    self._take(update)
+        finally:
+            call.cancel()
+
+    async def _outgoing(self) -> AsyncIterator[session_pb2.ConnectRequest]:
+        while True:
+            await self._command.wait()
+            while self._commands:
+                yield self._commands.popleft()
+            self._command.clear()
+
+    def _take(self, update: session_pb2.LegUpdate) -> None:
+        leg = self._legs.get(update.leg)
+        if leg is None:
+            return
+        if leg.take(update):
+            del self._legs[update.leg]
+
+    def _lose_legs(self, why: str) -> None:
+        """No resume: every leg of the stream has failed. Whether the worker has let go of it must be proven."""
+        legs, self._legs = list(self._legs.values()), {}
+        for leg in legs:
+            leg.fail(self._error(Reason.WORKER_UNREACHABLE, f"the session broke: {why}"))
+            task = asyncio.create_task(self._prove(leg), name=f"prove {leg.request_id}")
+            self._proving.add(task)
+            task.add_done_callback(self._proving.discard)
+
+    async def _prove(self, leg: SessionLeg) -> None:
+        try:
+            await prove_ended(self._generate, leg.request_id, worker=self._worker)
+        finally:
+            leg.released.set()
+
+    async def _watch_silence(self) -> None:
+        """A process that is frozen keeps its connection: only its silence shows it."""
+        limit = SILENT_HEARTBEATS * self._heartbeat
+        while True:
+            await asyncio.sleep(self._heartbeat / 2)
+            silent = time.monotonic() - self._heard_at
+            if not self._healthy or silent <= limit:
+                continue
+            self._set_healthy(False, f"silent for {silent:.2f} s")
+            for leg in self._legs.values():
+                leg.fail(self._error(Reason.WORKER_SILENT, f"the worker has said nothing for {silent:.2f} s"))
+
+    def _set_healthy(self, healthy: bool, why: str) -> None:
+        if healthy == self._healthy:
+            return
+        self._healthy = healthy
+        log.info("session stands" if healthy else "session lost", worker=self._worker, why=why)
+        self._changed()
+
+    def _error(self, reason: Reason, message: str) -> RequestError:
+        return RequestError(
+            grpc.StatusCode.UNAVAILABLE, reason, message, leg=self._leg, worker=self._worker, retry_after=1.0
+        )
+
+
+class SessionLeg:
+    """One leg of a session; see `Leg`. `released` is set when the worker has let go of it."""
+
+    def __init__(self, link: SessionLink, number: int, request: generate_pb2.GenerateRequest, sink: LegSink) -> None:
+        self.number = number
+        self.request_id = request.request_id
+        self.released = asyncio.Event()
+        self._link = link
+        self._room = request.bootstrap.room
+        self._sink = sink
+        self._tokens = 0
+        self._failed = False
+        self._aborted = False
+
+    def abort(self) -> None:
+        """See `Leg`."""
+        if not self._aborted:
+            self._aborted = True
+            self._link.send_abort(self.number)
+
+    async def ended(self) -> None:
+        """See `Leg`. A frozen worker's leg counts as ended after the release deadline."""
+        try:
+            async with asyncio.timeout(RELEASE_DEADLINE):
+                await self.released.wait()
+        except TimeoutError:
+            log.warning("a leg's end is not proven", request_id=self.request_id, seconds=RELEASE_DEADLINE)
+
+    def fail(self, error: RequestError) -> None:
+        """The request hears of it, once; the worker may still run the leg."""
+        if not self._failed:
+            self._failed = True
+            self._sink(LegFailed(error.with_context(room=self._room)))
+
+    def take(self, update: session_pb2.LegUpdate) -> bool:
+        """One update; True when it was the last."""
+        last = bool(update.error) or update.HasField("finished")
+        if last:
+            self.released.set()
+        if self._failed:
+            return last
+        if update.error:
+            self.fail(RequestError.from_rpc_status(status_pb2.Status.FromString(update.error)))
+            return True
+        if update.first_token != self._tokens:
+            message = f"token {update.first_token} came where {self._tokens} was due"
+            self.fail(RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, message))
+            self.abort()
+            return last
+        if update.accepted:
+            self._sink(LegAccepted())
+        self._tokens += len(update.token_ids)
+        if last:
+            self._failed = True
+            self._sink(LegFinished(list(update.token_ids), update.finished))
+        elif update.token_ids:
+            self._sink(LegTokens(list(update.token_ids)))
+        return last

@@ -1,0 +1,220 @@
+"""One session per worker: opening, one message for many legs, silence, and what a lost session does."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+import pytest_asyncio
+from google.rpc import status_pb2
+
+from kvbaton.client import Client, SamplingParams
+from kvbaton.errors import Reason, RequestError
+from kvbaton.v1 import generate_pb2, session_pb2, session_pb2_grpc, worker_pb2
+from services.requests import Role, Sampling
+from services.worker.engines.simulated.oracle import expected_tokens as simulated_tokens
+from tests.support.cluster import FakeCluster, HostedWorker
+from tests.support.fake_engine import expected_tokens
+from tests.support.processes import Processes, answering
+from tests.support.waiting import eventually
+
+HEARTBEAT = 0.5
+SLACK = 3.0
+
+
+class RawSession:
+    """A session without a frontend."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.call = session_pb2_grpc.WorkerSessionServiceStub(channel).Connect()
+
+    async def open(self, worker: HostedWorker) -> None:
+        incarnation = worker.host.incarnation
+        await self.call.write(session_pb2.ConnectRequest(open=session_pb2.OpenSession(incarnation=incarnation)))
+
+    async def submit(self, leg: int, prompt: list[int], count: int) -> None:
+        request = generate_pb2.GenerateRequest(
+            request_id=f"leg-{leg}",
+            token_ids=generate_pb2.TokenIds(ids=prompt),
+            sampling=generate_pb2.SamplingParams(max_new_tokens=count, temperature=0),
+        )
+        await self.call.write(session_pb2.ConnectRequest(submit=session_pb2.SubmitLeg(leg=leg, request=request)))
+
+    async def abort(self, leg: int) -> None:
+        await self.call.write(session_pb2.ConnectRequest(abort=session_pb2.AbortLeg(leg=leg)))
+
+    async def read(self) -> session_pb2.ConnectResponse:
+        response = await self.call.read()
+        assert isinstance(response, session_pb2.ConnectResponse), "the session has ended"
+        return response
+
+    async def refused(self) -> RequestError:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in self.call:
+                pass
+        return RequestError.from_rpc_error(caught.value)
+
+
+@pytest_asyncio.fixture
+async def worker(cluster: FakeCluster) -> HostedWorker:
+    worker = await cluster.start_worker(Role.AGGREGATED)
+    await cluster.routable(1)
+    return worker
+
+
+@pytest_asyncio.fixture
+async def raw(worker: HostedWorker) -> AsyncIterator[RawSession]:
+    async with grpc.aio.insecure_channel(worker.endpoint) as channel:
+        yield RawSession(channel)
+
+
+async def test_the_first_command_must_open(raw: RawSession) -> None:
+    await raw.submit(1, [5], 1)
+    error = await raw.refused()
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "open")
+
+
+async def test_a_session_with_another_incarnation_is_refused(raw: RawSession) -> None:
+    incarnation = worker_pb2.Incarnation(created_us=1, uuid="0" * 32)
+    await raw.call.write(session_pb2.ConnectRequest(open=session_pb2.OpenSession(incarnation=incarnation)))
+    assert (await raw.refused()).reason is Reason.PEER_REPLACED
+
+
+async def test_heartbeats_come_without_news(raw: RawSession, worker: HostedWorker) -> None:
+    await raw.open(worker)
+    async with asyncio.timeout(0.25 * 4 * SLACK):
+        for _ in range(4):
+            response = await raw.read()
+            assert response.state == worker_pb2.WORKER_STATE_SERVING
+            assert list(response.updates) == []
+
+
+async def test_many_legs_share_messages_and_each_is_whole(raw: RawSession, worker: HostedWorker) -> None:
+    worker.engine.behaviour.token_seconds = 0.01
+    await raw.open(worker)
+    for leg in range(1, 33):
+        await raw.submit(leg, [leg, leg + 1], 20)
+    tokens: dict[int, list[int]] = {leg: [] for leg in range(1, 33)}
+    ended: set[int] = set()
+    messages = 0
+    async for response in raw.call:
+        messages += bool(response.updates)
+        for update in response.updates:
+            assert update.first_token == len(tokens[update.leg]), "no gap, no repeat"
+            assert update.leg not in ended
+            tokens[update.leg].extend(update.token_ids)
+            if update.HasField("finished"):
+                ended.add(update.leg)
+        if len(ended) == 32:
+            break
+    assert all(tokens[leg] == expected_tokens([leg, leg + 1], 20) for leg in tokens)
+    assert messages < 32 * 20 / 4, f"{messages} messages for {32 * 20} tokens"
+
+
+async def test_a_bad_leg_fails_alone(raw: RawSession, worker: HostedWorker) -> None:
+    await raw.open(worker)
+    await raw.submit(1, [], 1)
+    await raw.submit(2, [5], 3)
+    updates: dict[int, session_pb2.LegUpdate] = {}
+    async for response in raw.call:
+        for update in response.updates:
+            updates.setdefault(update.leg, session_pb2.LegUpdate()).MergeFrom(update)
+        if len(updates) == 2 and updates[2].HasField("finished"):
+            break
+    error = RequestError.from_rpc_status(status_pb2.Status.FromString(updates[1].error))
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "token_ids")
+    assert list(updates[2].token_ids) == expected_tokens([5], 3)
+
+
+async def test_the_end_of_a_session_aborts_its_legs(raw: RawSession, worker: HostedWorker) -> None:
+    worker.engine.behaviour.hang = True
+    await raw.open(worker)
+    await raw.submit(1, [5], 3)
+    await eventually(lambda: worker.engine.live)
+    raw.call.cancel()
+    await eventually(lambda: not worker.engine.live, within=5)
+
+
+async def test_abort_ends_one_leg(raw: RawSession, worker: HostedWorker) -> None:
+    worker.engine.behaviour.hang = True
+    await raw.open(worker)
+    await raw.submit(1, [5], 3)
+    await raw.submit(2, [6], 3)
+    await eventually(lambda: len(worker.engine.live) == 2)
+    await raw.abort(1)
+    await eventually(lambda: len(worker.engine.live) == 1, within=5)
+
+
+async def test_the_heartbeat_tells_how_long_the_engine_has_been_silent(raw: RawSession, worker: HostedWorker) -> None:
+    worker.engine.behaviour.hang = True
+    await raw.open(worker)
+    await raw.submit(1, [5], 3)
+
+    async def silence() -> bool:
+        response = await raw.read()
+        return response.live_legs == 1 and response.engine_silence.ToNanoseconds() > 0.5e9
+
+    await eventually(silence, within=5)
+
+
+@pytest_asyncio.fixture
+async def processes(etcd_endpoint: str, tmp_path: Path) -> AsyncIterator[Processes]:
+    processes = Processes(etcd_endpoint, tmp_path)
+    processes.frontend("--link", "session", "--heartbeat", str(HEARTBEAT))
+    try:
+        yield processes
+    finally:
+        await asyncio.to_thread(processes.stop)
+
+
+PROMPT = list(range(100, 160))
+GREEDY = SamplingParams(max_new_tokens=20, temperature=0)
+
+
+async def test_a_frozen_worker_costs_its_requests_two_heartbeats(processes: Processes) -> None:
+    processes.worker("prefill", "prefill", sim="prefill_base=0.5")
+    processes.worker("decode", "decode", sim="release_timeout=4")
+    async with Client(f"127.0.0.1:{processes.grpc_port}", timeout=60) as client:
+        await answering(client)
+        running = asyncio.create_task(client.generate(token_ids=PROMPT, sampling=GREEDY))
+        await asyncio.sleep(0.2)
+        processes.signal("prefill", signal.SIGSTOP)
+        frozen = time.monotonic()
+        with pytest.raises(RequestError) as caught:
+            await running
+        assert (caught.value.reason, caught.value.leg) == (Reason.WORKER_SILENT, "prefill")
+        assert time.monotonic() - frozen < 2 * HEARTBEAT * SLACK
+        with pytest.raises(RequestError) as refused:
+            await client.generate(token_ids=PROMPT, sampling=GREEDY)
+        assert refused.value.reason is Reason.NO_PREFILL_WORKER, "a suspect worker gets no new work"
+        processes.signal("prefill", signal.SIGCONT)
+        await answering(client)
+        answer = await client.generate(token_ids=PROMPT, sampling=GREEDY)
+        assert answer.token_ids == simulated_tokens(PROMPT, Sampling(max_new_tokens=20, temperature=0.0))
+
+
+async def test_a_frozen_worker_costs_no_request_while_another_is_there(processes: Processes) -> None:
+    for name in ("one", "two"):
+        processes.worker(f"prefill-{name}", "prefill", sim="prefill_base=0.3")
+    processes.worker("decode", "decode", sim="release_timeout=4")
+    async with Client(f"127.0.0.1:{processes.grpc_port}", timeout=60) as client:
+        await answering(client)
+
+        async def both() -> bool:
+            status = await client.status()
+            return sum(worker.routable for worker in status.workers) == 3
+
+        await eventually(both, within=30)
+        prompts = [[*PROMPT, number] for number in range(8)]
+        running = [asyncio.create_task(client.generate(token_ids=prompt, sampling=GREEDY)) for prompt in prompts]
+        await asyncio.sleep(0.1)
+        processes.signal("prefill-one", signal.SIGSTOP)
+        answers = await asyncio.gather(*running)
+        sampling = Sampling(max_new_tokens=20, temperature=0.0)
+        assert [answer.token_ids for answer in answers] == [simulated_tokens(prompt, sampling) for prompt in prompts]

@@ -1,0 +1,79 @@
+"""A frontend and simulated workers as real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+from kvbaton.client import Client, SamplingParams
+from kvbaton.errors import RequestError
+from tests.support.ports import free_port
+from tests.support.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
+
+
+class Processes:
+    """A frontend and its workers."""
+
+    def __init__(self, etcd_endpoint: str, logs: Path) -> None:
+        self.grpc_port = free_port()
+        self.system_endpoints: dict[str, str] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._etcd = ("--etcd-endpoints", etcd_endpoint, "--namespace", f"t-{uuid.uuid4().hex[:12]}")
+        self._logs = logs
+
+    def frontend(self, *arguments: str) -> None:
+        ports = ("--port", str(self.grpc_port), "--http-port", str(free_port()))
+        self._start("frontend", "frontend", *ports, *arguments)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self.processes[name].send_signal(number)
+
+    def worker(self, name: str, *arguments: str, sim: str = "") -> None:
+        system_port = free_port()
+        self.system_endpoints[name] = f"127.0.0.1:{system_port}"
+        ports = ("--port", str(free_port()), "--system-port", str(system_port))
+        bootstrap = ("--disaggregation-bootstrap-port", str(free_port()))
+        engine = ("--engine", "simulated", "--sim", sim, "--model-path", "no-model", "--drain-grace", "0.1")
+        self._start(name, *arguments, *ports, *bootstrap, *engine)
+
+    def _start(self, name: str, *arguments: str) -> None:
+        with (self._logs / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "services.cli", *arguments, *self._etcd],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def log(self, name: str) -> str:
+        return (self._logs / f"{name}.log").read_text()
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+async def answering(client: Client) -> None:
+    """Waits until the frontend can place a request."""
+
+    async def once() -> bool:
+        with contextlib.suppress(RequestError):
+            await client.generate(token_ids=[1], sampling=SamplingParams(max_new_tokens=1), timeout=5)
+            return True
+        return False
+
+    await eventually(once, within=60, every=0.2, what="an answer")
