@@ -18,7 +18,7 @@ class FrontendConfig:
     http_port: int = flag(8000, "HTTP port of the OpenAI API, /health, /live and /metrics")
 
     link: Literal["streams", "session"] = flag("streams", "one gRPC stream per leg, or one session per worker")
-    heartbeat: float = flag(0.25, "seconds; a worker that is silent for two of them gets no new work (session)")
+    heartbeat: float = flag(0.5, "seconds; a worker that is silent for two of them gets no new work (session)")
     max_live_requests: int = flag(4096, "requests accepted at once; more get RESOURCE_EXHAUSTED")
     queue_timeout: float = flag(30.0, "seconds until a request has workers")
     prefill_timeout: float = flag(60.0, "seconds from dispatch until prefill's token, for an empty prompt")

@@ -150,13 +150,23 @@ async def test_a_live_request_id_is_refused(pair: Pair) -> None:
         await stream.aclose()  # type: ignore[attr-defined]
 
 
+async def settled(url: str, name: str) -> float:
+    """The metric once it has not changed for a second: NIXL publishes what earlier requests moved with a delay."""
+    value = await sample(url, name)
+    while True:
+        await asyncio.sleep(1.0)
+        previous, value = value, await sample(url, name)
+        if value == previous:
+            return value
+
+
 @pytest.mark.parametrize("length", [40, 320])
 async def test_prefill_writes_the_prompts_kv_cache_through_nixl(pair: Pair, length: int) -> None:
     """NIXL's own counter, on the sender's side: every byte of the prompt's KV cache leaves prefill."""
     url = f"http://127.0.0.1:{pair.nixl_port}/metrics"
     per_token = pair.cluster.workers["prefill"].runtime.kv_bytes_per_token
     assert per_token == 46_080, "30 layers x 3 KV heads x 64 dimensions x K and V x 4 bytes"
-    before = await sample(url, "agent_tx_bytes_total")
+    before = await settled(url, "agent_tx_bytes_total")
     async with pair.client() as client:
         # A prompt that no cache holds: distinct tokens.
         await client.generate(

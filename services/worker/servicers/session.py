@@ -22,7 +22,7 @@ from services.worker.legs import cancelled
 
 log = structlog.get_logger()
 
-DEFAULT_HEARTBEAT = 0.25
+DEFAULT_HEARTBEAT = 0.5
 _SHORTEST_HEARTBEAT, _LONGEST_HEARTBEAT = 0.05, 10.0
 
 
