@@ -185,3 +185,8 @@ def _reason(text: str) -> Reason:
 def invalid(field: str, message: str) -> RequestError:
     """INVALID_ARGUMENT that names the field, dotted as in the proto (for example `sampling.top_p`)."""
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, Reason.INVALID_FIELD, f"{field}: {message}", field=field)
+
+
+def cancelled(how: str = "cancelled") -> RequestError:
+    """The error of a request that its caller ended."""
+    return RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, f"the request was {how}")

@@ -9,7 +9,7 @@ import uuid
 import grpc
 import structlog
 
-from kvbaton.errors import Reason, RequestError
+from kvbaton.errors import Reason, RequestError, cancelled
 from kvbaton.v1 import generate_pb2, model_pb2
 from services.config.frontend import FrontendConfig
 from services.early_aborts import EarlyAborts
@@ -206,8 +206,3 @@ def shutting_down() -> RequestError:
     return RequestError(
         grpc.StatusCode.UNAVAILABLE, Reason.SHUTTING_DOWN, "the frontend is shutting down", retry_after=1.0
     )
-
-
-def cancelled() -> RequestError:
-    """The error of a request that its caller ended."""
-    return RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, "the request was cancelled")

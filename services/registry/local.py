@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ from typing import Self
 
 import structlog
 
+from services.child_process import dying_with_parent
 from services.registry.etcd import EtcdClient, EtcdError
 from services.transport import TlsConfig
 
@@ -26,14 +26,6 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _HOST = "127.0.0.1"
 _CLIENT_PORT = 2379
 _PEER_PORT = 2380
-
-# Becomes etcd after asking Linux to kill it with its parent. No preexec_fn: forking a process that runs gRPC is unsafe.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class EtcdNotFoundError(Exception):
@@ -201,8 +193,7 @@ class LocalEtcd:
 
 
 def _spawn(command: list[str], log_file: Path) -> subprocess.Popen[bytes]:
-    if sys.platform == "linux":
-        command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+    command = dying_with_parent(command, signal.SIGKILL)
     with log_file.open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 

@@ -7,25 +7,16 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from services.child_process import dying_with_parent
 
 _POLL_SECONDS = 0.05
 _GROUP_GONE_SECONDS = 3.0
 _HURRY_SECONDS = 3.0
 _TAIL_BYTES = 64 * 1024
-
-# Becomes the command after asking Linux for SIGTERM when the parent dies. Not SIGKILL: a worker that is killed while
-# its engine is being built leaves the engine's processes behind. No preexec_fn: forking a process that runs gRPC and
-# then running Python in the fork is unsafe.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):
-    os.execvp(sys.argv[2], sys.argv[2:])
-"""
 
 
 class ChildDiedError(Exception):
@@ -68,9 +59,8 @@ class Child:
     def start(self) -> None:
         """Starts it, or starts it again after its end. Raises OSError."""
         assert not self.running, f"{self.name} runs already"
-        command = list(self.command)
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+        # Not SIGKILL: a worker that is killed while its engine is being built leaves the engine's processes behind.
+        command = dying_with_parent(self.command, signal.SIGTERM)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self._log_start = log.tell()

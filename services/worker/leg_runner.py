@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
-from kvbaton.errors import Reason, RequestError, invalid
+from kvbaton.errors import Reason, RequestError, cancelled, invalid
 from kvbaton.v1 import generate_pb2
 from services.requests import Role, check_prompt, check_request_id, check_sampling
 from services.worker.core import Loaded, WorkerCore
@@ -22,7 +22,7 @@ from services.worker.engines.protocol import (
     EngineRequest,
     Finish,
 )
-from services.worker.legs import Leg, cancelled
+from services.worker.legs import Leg
 from services.worker.role import RoleContract
 
 _FINISH_REASONS = {

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
-from kvbaton.errors import Reason, RequestError
+from kvbaton.errors import Reason, RequestError, cancelled
 from services.early_aborts import EarlyAborts
 from services.requests import Role
 from services.telemetry import metrics
@@ -46,11 +46,12 @@ class Leg:
             if item.finish is not None:
                 return
 
-    async def pump(self, deltas: AsyncIterator[EngineDelta]) -> str:
-        """Reads the engine to the end; returns the outcome for the metrics."""
+    async def pump(self, deltas: AsyncIterator[EngineDelta], heard: Callable[[], None]) -> str:
+        """Reads the engine to the end, and calls `heard` at each word; returns the outcome for the metrics."""
         outcome = "INTERNAL"
         try:
             async for delta in deltas:
+                heard()
                 if delta.finish is not None:
                     outcome = "aborted" if delta.finish.reason is Finish.ABORT else "finished"
                 self._arrived.put_nowait(delta)
@@ -117,7 +118,7 @@ class LiveLegs:
     async def _run(self, leg: Leg, deltas: AsyncIterator[EngineDelta]) -> None:
         outcome = "INTERNAL"
         try:
-            outcome = await leg.pump(self._heard(deltas))
+            outcome = await leg.pump(deltas, self._heard)
         finally:
             del self._legs[leg.request_id]
             metrics.WORKER_LEGS.labels(self._role, outcome).inc()
@@ -125,10 +126,8 @@ class LiveLegs:
             if not self._legs:
                 self._empty.set()
 
-    async def _heard(self, deltas: AsyncIterator[EngineDelta]) -> AsyncIterator[EngineDelta]:
-        async for delta in deltas:
-            self._last_word = time.monotonic()
-            yield delta
+    def _heard(self) -> None:
+        self._last_word = time.monotonic()
 
     async def abort(self, request_id: str) -> bool:
         """Aborts a live leg, or remembers the abort for one that has not arrived. True when it was live."""
@@ -154,8 +153,3 @@ class LiveLegs:
         for leg in list(self._legs.values()):
             leg.drained_out = True
             await self._abort_in_engine(leg.engine_id)
-
-
-def cancelled(why: str) -> RequestError:
-    """The error of a request that its caller ended."""
-    return RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, f"the request was {why}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import grpc
 import structlog
 
-from kvbaton.errors import Reason, RequestError
+from kvbaton.errors import Reason, RequestError, cancelled
 from services.frontend.link.protocol import LegAccepted, LegEvent, LegFailed
 from services.frontend.request.answer import Answer
 from services.frontend.request.api import Output
@@ -106,7 +106,7 @@ class RequestOwner:
 
     def cancel(self) -> None:
         """See `LiveRequest`."""
-        self.end(RequestError(grpc.StatusCode.CANCELLED, Reason.CANCELLED, "the request was cancelled"))
+        self.end(cancelled())
 
     def end(self, error: RequestError) -> None:
         """Ends both legs; `outputs` then raises the error. Without effect on a request that has ended."""

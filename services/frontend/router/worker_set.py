@@ -33,6 +33,8 @@ class WorkerSet:
         self._watcher = watcher
         self._texts = texts
         self._workers: dict[WorkerKey, Worker] = {}
+        # By key; sorted when a worker comes or goes, not for every request.
+        self._in_order: list[Worker] = []
         # Withdrawn or replaced, with requests that still run.
         self._retiring: set[asyncio.Task[None]] = set()
         self._expiries: dict[WorkerKey, asyncio.TimerHandle] = {}
@@ -54,16 +56,17 @@ class WorkerSet:
             timer.cancel()
         await asyncio.gather(*(worker.close() for worker in self._workers.values()))
         self._workers.clear()
+        self._sort()
 
     def all(self) -> list[Worker]:
         """Every known worker, in a stable order."""
-        return [self._workers[key] for key in sorted(self._workers, key=str)]
+        return list(self._in_order)
 
     def routable(self, role: Role, model: str | None = None) -> list[Worker]:
         """Workers that a new request may go to, in a stable order."""
         return [
             worker
-            for worker in self.all()
+            for worker in self._in_order
             if worker.role is role and worker.routable and (model is None or worker.record.model.name == model)
         ]
 
@@ -103,7 +106,11 @@ class WorkerSet:
             texts=self._texts,
             changed=self._changed,
         )
+        self._sort()
         self._changed()
+
+    def _sort(self) -> None:
+        self._in_order = [self._workers[key] for key in sorted(self._workers, key=str)]
 
     def _unregister(self, key: WorkerKey) -> None:
         worker = self._workers.get(key)
@@ -122,6 +129,7 @@ class WorkerSet:
         worker = self._workers.pop(key, None)
         if worker is None:
             return
+        self._sort()
         log.info("worker gone", worker=worker.instance_id, why=why, live_requests=worker.live_requests)
         task = asyncio.create_task(self._close_when_idle(worker), name=f"retire {worker.instance_id}")
         self._retiring.add(task)

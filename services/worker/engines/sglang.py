@@ -13,7 +13,6 @@ import gc
 import os
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
@@ -24,6 +23,7 @@ import psutil
 import structlog
 
 from services.worker.engines import sglang_compat as compat
+from services.worker.engines.probe import generate_one_token
 from services.worker.engines.protocol import (
     EngineDeadError,
     EngineDelta,
@@ -32,8 +32,6 @@ from services.worker.engines.protocol import (
     EngineRefusedError,
     EngineRequest,
     Role,
-    Room,
-    Sampling,
 )
 from services.worker.engines.sglang_child import run_detokenizer, run_scheduler
 from services.worker.engines.sglang_death import DeathWatch, take_sigquit
@@ -53,8 +51,6 @@ from services.worker.engines.sglang_stream import Chunk, LiveRequest, call_argum
 
 __all__ = ["SglangEngine", "SglangOptions"]
 
-# SGLang's bootstrap host for requests that pretend to have a peer (FAKE_BOOTSTRAP_HOST); they move no KV cache.
-_FAKE_PEER = "2.2.2.2"
 _FIRST_SNAPSHOT_TIMEOUT_S = 10.0
 _LOADS_TIMEOUT_S = 1.0
 _ABORT_RETRY_S = 0.01
@@ -175,30 +171,12 @@ class SglangEngine:
 
     async def probe(self, dp_rank: int = 0) -> None:
         """See the protocol. In a prefill or decode role it proves the scheduler and not the transfer."""
-        request = EngineRequest(
-            engine_id=uuid.uuid4().hex,
-            token_ids=[0],
-            sampling=Sampling(max_new_tokens=1, temperature=0.0),
-            room=Room(_FAKE_PEER, self._options.bootstrap_port, 0) if self._options.disaggregated else None,
-            dp_rank=dp_rank,
-        )
-        tokens: list[int] = []
-        ending = "nothing"
         try:
             async with asyncio.timeout(self._options.probe_timeout_s):
-                async for delta in self.generate(request):
-                    tokens += delta.token_ids
-                    if delta.finish is not None:
-                        ending = f"{delta.finish.reason} {delta.finish.message}".strip()
+                port = self._options.bootstrap_port if self._options.disaggregated else None
+                await generate_one_token(self, dp_rank=dp_rank, bootstrap_port=port)
         except TimeoutError:
             raise TimeoutError(f"no token within {self._options.probe_timeout_s:g} s") from None
-        except EngineRefusedError as error:
-            raise RuntimeError(f"the probe was refused: {error}") from error
-        finally:
-            # Also when the caller leaves: an unread probe would stay in the engine. Nothing happens if it has ended.
-            await self.abort(request.engine_id)
-        if len(tokens) != 1:
-            raise RuntimeError(f"the probe got {len(tokens)} tokens and then {ending}")
 
     async def wait_dead(self) -> str:
         """See the protocol."""

@@ -15,8 +15,6 @@ from typing import Any, NoReturn
 
 from services.worker.engines.protocol import EngineLoad
 
-KNOWN_VERSIONS = ("0.5.17", "0.5.23")
-
 # Fields that the older version lacks; without them it behaves as Baton needs.
 _OPTIONAL_FIELDS = frozenset({"disaggregation_decode_retraction_backup"})
 

@@ -14,11 +14,10 @@ from typing import Any
 import grpc
 import structlog
 
-from kvbaton.errors import Reason, RequestError, invalid
+from kvbaton.errors import Reason, RequestError, cancelled, invalid
 from kvbaton.v1 import generate_pb2, session_pb2, session_pb2_grpc
 from services.worker.core import WorkerCore
 from services.worker.leg_runner import LegRunner
-from services.worker.legs import cancelled
 
 log = structlog.get_logger()
 

@@ -9,13 +9,13 @@ import secrets
 import signal
 import socket
 import threading
-import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
 
+from services.worker.engines.probe import generate_one_token
 from services.worker.engines.protocol import (
     EngineDeadError,
     EngineDelta,
@@ -26,8 +26,6 @@ from services.worker.engines.protocol import (
     EngineRequest,
     Finish,
     Role,
-    Room,
-    Sampling,
 )
 from services.worker.engines.simulated import control
 from services.worker.engines.simulated.aggregated_rank import AggregatedRank
@@ -40,7 +38,7 @@ from services.worker.engines.simulated.peers import PeerTable
 from services.worker.engines.simulated.prefill_rank import PrefillRank
 from services.worker.engines.simulated.prefix_cache import KvEvent
 from services.worker.engines.simulated.rank import Rank
-from services.worker.engines.simulated.request import FAKE_PEER, DeltaStream, Request
+from services.worker.engines.simulated.request import DeltaStream, Request
 from services.worker.engines.simulated.scheduler import Scheduler
 from services.worker.engines.simulated.sender import PrefillLink
 from services.worker.engines.simulated.wire import INCARNATION_BYTES
@@ -186,26 +184,8 @@ class SimulatedEngine:
 
     async def probe(self, dp_rank: int = 0) -> None:
         """See the protocol."""
-        request = EngineRequest(
-            engine_id=uuid.uuid4().hex,
-            token_ids=[0],
-            sampling=Sampling(max_new_tokens=1, temperature=0.0),
-            room=Room(FAKE_PEER, self._addresses.bootstrap_port, 0) if self.role.disaggregated else None,
-            dp_rank=dp_rank,
-        )
-        tokens: list[int] = []
-        ending = "nothing"
-        try:
-            async for delta in self.generate(request):
-                tokens += delta.token_ids
-                if delta.finish is not None:
-                    ending = f"{delta.finish.reason} {delta.finish.message}".strip()
-        except EngineRefusedError as error:
-            raise RuntimeError(f"the probe was refused: {error}") from error
-        finally:
-            await self.abort(request.engine_id)
-        if len(tokens) != 1:
-            raise RuntimeError(f"the probe got {len(tokens)} tokens and then {ending}")
+        port = self._addresses.bootstrap_port if self.role.disaggregated else None
+        await generate_one_token(self, dp_rank=dp_rank, bootstrap_port=port)
 
     async def wait_dead(self) -> str:
         """See the protocol."""

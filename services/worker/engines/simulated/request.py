@@ -8,12 +8,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from services.requests import Room
+from services.worker.engines.probe import FAKE_PEER
 from services.worker.engines.protocol import EngineDelta, EngineFinish, EngineRequest, Finish
 from services.worker.engines.simulated.oracle import TokenRule
 from services.worker.engines.simulated.pages import BlockTable, Mask
-
-# SGLang's bootstrap host for requests that pretend to have a peer.
-FAKE_PEER = "2.2.2.2"
 
 
 class DeltaStream:
