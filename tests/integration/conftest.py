@@ -68,5 +68,7 @@ def link() -> str:
 @pytest_asyncio.fixture
 async def cluster(etcd_endpoint: str, model_folder: Path, link: str) -> AsyncIterator[FakeCluster]:
     """A frontend without workers."""
-    async with FakeCluster(etcd_endpoint, f"t-{uuid.uuid4().hex[:12]}", model_folder, link=link) as cluster:
+    namespace = f"t-{uuid.uuid4().hex[:12]}"
+    # Everything runs in one event loop here: on a busy machine its own stalls must not pass for silent workers.
+    async with FakeCluster(etcd_endpoint, namespace, model_folder, link=link, heartbeat=2.0) as cluster:
         yield cluster
