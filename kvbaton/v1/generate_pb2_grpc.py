@@ -40,6 +40,7 @@ class GenerateServiceStub:
     sampling.* (all others)       o         o        o       o
     bootstrap                     -         R        R       -
     dp_rank                       -         o        o       o
+    priority                      o         -        -       -
 
     (1) required when the frontend serves more than one model.
 
@@ -81,6 +82,7 @@ class GenerateServiceServicer:
     sampling.* (all others)       o         o        o       o
     bootstrap                     -         R        R       -
     dp_rank                       -         o        o       o
+    priority                      o         -        -       -
 
     (1) required when the frontend serves more than one model.
 
@@ -141,6 +143,7 @@ class GenerateService:
     sampling.* (all others)       o         o        o       o
     bootstrap                     -         R        R       -
     dp_rank                       -         o        o       o
+    priority                      o         -        -       -
 
     (1) required when the frontend serves more than one model.
 

@@ -41,6 +41,7 @@ class GenerateServiceStub:
       sampling.* (all others)       o         o        o       o
       bootstrap                     -         R        R       -
       dp_rank                       -         o        o       o
+      priority                      o         -        -       -
 
       (1) required when the frontend serves more than one model.
 
@@ -78,6 +79,7 @@ class GenerateServiceAsyncStub(GenerateServiceStub):
       sampling.* (all others)       o         o        o       o
       bootstrap                     -         R        R       -
       dp_rank                       -         o        o       o
+      priority                      o         -        -       -
 
       (1) required when the frontend serves more than one model.
 
@@ -111,6 +113,7 @@ class GenerateServiceServicer(metaclass=_abc_1.ABCMeta):
       sampling.* (all others)       o         o        o       o
       bootstrap                     -         R        R       -
       dp_rank                       -         o        o       o
+      priority                      o         -        -       -
 
       (1) required when the frontend serves more than one model.
 

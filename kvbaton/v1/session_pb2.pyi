@@ -12,14 +12,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("open", "submit", "abort")
+    __slots__ = ("open", "submit", "abort", "credits")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
     open: OpenSession
     submit: SubmitLeg
     abort: AbortLeg
-    def __init__(self, open: _Optional[_Union[OpenSession, _Mapping]] = ..., submit: _Optional[_Union[SubmitLeg, _Mapping]] = ..., abort: _Optional[_Union[AbortLeg, _Mapping]] = ...) -> None: ...
+    credits: AskCredits
+    def __init__(self, open: _Optional[_Union[OpenSession, _Mapping]] = ..., submit: _Optional[_Union[SubmitLeg, _Mapping]] = ..., abort: _Optional[_Union[AbortLeg, _Mapping]] = ..., credits: _Optional[_Union[AskCredits, _Mapping]] = ...) -> None: ...
 
 class OpenSession(_message.Message):
     __slots__ = ("incarnation", "heartbeat")
@@ -43,17 +45,31 @@ class AbortLeg(_message.Message):
     leg: int
     def __init__(self, leg: _Optional[int] = ...) -> None: ...
 
+class AskCredits(_message.Message):
+    __slots__ = ("up_to", "returned")
+    UP_TO_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_FIELD_NUMBER: _ClassVar[int]
+    up_to: int
+    returned: int
+    def __init__(self, up_to: _Optional[int] = ..., returned: _Optional[int] = ...) -> None: ...
+
 class ConnectResponse(_message.Message):
-    __slots__ = ("updates", "state", "live_legs", "engine_silence")
+    __slots__ = ("updates", "state", "live_legs", "engine_silence", "credits_granted", "window", "free_slots")
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LIVE_LEGS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_SILENCE_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_GRANTED_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    FREE_SLOTS_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[LegUpdate]
     state: _worker_pb2.WorkerState
     live_legs: int
     engine_silence: _duration_pb2.Duration
-    def __init__(self, updates: _Optional[_Iterable[_Union[LegUpdate, _Mapping]]] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., live_legs: _Optional[int] = ..., engine_silence: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    credits_granted: int
+    window: int
+    free_slots: int
+    def __init__(self, updates: _Optional[_Iterable[_Union[LegUpdate, _Mapping]]] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., live_legs: _Optional[int] = ..., engine_silence: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., credits_granted: _Optional[int] = ..., window: _Optional[int] = ..., free_slots: _Optional[int] = ...) -> None: ...
 
 class LegUpdate(_message.Message):
     __slots__ = ("leg", "first_token", "accepted", "token_ids", "finished", "error")

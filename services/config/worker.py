@@ -28,6 +28,8 @@ class WorkerConfig:
     disaggregation_transfer_backend: Literal["nixl"] = flag("nixl", "how KV caches move between the GPUs")
     disaggregation_bootstrap_port: int = flag(12345, "port of SGLang's bootstrap server (prefill)")
 
+    window: int = flag(0, "legs that a decode worker runs at once; 0: as many as its engine runs")
+
     host: str = flag("127.0.0.1", "address that all servers of this process bind")
     port: int = flag(0, "gRPC port; default 50061 (prefill), 50062 (decode); 0 here picks that default")
     system_port: int = flag(0, "HTTP port of /health, /live and /metrics; default 8081 (prefill), 8082 (decode)")
@@ -48,6 +50,8 @@ class WorkerConfig:
         for name in ("warmup_timeout", "drain_timeout", "backstop_timeout", "lease_ttl"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if self.window < 0:
+            raise ValueError("--window must not be negative")
         if self.drain_grace < 0:
             raise ValueError("--drain-grace must not be negative")
         for name in ("port", "system_port", "disaggregation_bootstrap_port"):

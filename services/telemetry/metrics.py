@@ -11,11 +11,13 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 # Worker: legs, by role and outcome: finished, aborted, refused (by the engine), dead (the engine), INTERNAL.
 WORKER_LEGS = Counter("kvbaton_worker_legs", "Legs that a worker has ended.", ["role", "outcome"])
 WORKER_LIVE_LEGS = Gauge("kvbaton_worker_live_legs", "Legs that a worker has accepted and not ended.", ["role"])
+WORKER_FREE_SLOTS = Gauge("kvbaton_worker_free_slots", "Legs that a decode worker would take beside those it has.")
 WORKER_STATE = Gauge("kvbaton_worker_state", "1 for the state that the worker is in.", ["role", "state"])
 
 # Frontend: requests, by model and outcome (finished, or the gRPC status name of the error).
 REQUESTS = Counter("kvbaton_requests", "Requests that the frontend has ended.", ["model", "outcome"])
 LIVE_REQUESTS = Gauge("kvbaton_live_requests", "Requests accepted and not ended.")
+QUEUED_REQUESTS = Gauge("kvbaton_queued_requests", "Requests that wait for a decode worker's credit.")
 PROMPT_TOKENS = Counter("kvbaton_prompt_tokens", "Prompt tokens of finished requests.", ["model"])
 COMPLETION_TOKENS = Counter("kvbaton_completion_tokens", "Tokens generated for finished requests.", ["model"])
 PHASE_SECONDS = Histogram(

@@ -10,6 +10,7 @@ from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import model_pb2, worker_pb2
 from services.models.tokenizer_files import TokenizerFile
 from services.requests import Limits, Role
+from services.worker.credits import CreditWindow
 from services.worker.engines.protocol import Engine, EngineInfo
 from services.worker.legs import LiveLegs
 from services.worker.lifecycle import Lifecycle
@@ -36,6 +37,8 @@ class WorkerCore:
         self.incarnation = incarnation
         self.lifecycle = lifecycle
         self.legs = LiveLegs(role, self._abort_in_engine)
+        # None where legs need no credit: prefill queues in its engine.
+        self.window = None if role is Role.PREFILL else CreditWindow(self.legs)
         self.accepting = False
         self._loaded: Loaded | None = None
 
@@ -44,9 +47,11 @@ class WorkerCore:
         """None until the engine is attached."""
         return self._loaded
 
-    def attach(self, loaded: Loaded) -> None:
-        """The engine is there."""
+    def attach(self, loaded: Loaded, *, window: int) -> None:
+        """The engine is there; it runs `window` legs at once."""
         self._loaded = loaded
+        if self.window is not None:
+            self.window.open(window)
 
     def require_loaded(self) -> Loaded:
         """What is loaded, or UNAVAILABLE while there is nothing."""

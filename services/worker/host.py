@@ -174,7 +174,8 @@ class WorkerHost:
                 for rank in range(engine.info().dp_size):
                     await engine.probe(rank)
                 loaded = await asyncio.to_thread(self._describe, engine, grpc_port, system_port)
-                self._core.attach(loaded)
+                window = self._config.window or loaded.info.max_running_requests * loaded.info.dp_size
+                self._core.attach(loaded, window=window)
                 await self._probe_own_socket(grpc_port)
                 await self._contract.check_ready(loaded.record)
         except TimeoutError as error:

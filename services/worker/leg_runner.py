@@ -87,6 +87,8 @@ class LegRunner:
             raise invalid("sampling.stop", "stop strings are matched by the frontend; a worker takes stop_token_ids")
         if request.sampling.HasField("skip_special_tokens"):
             raise invalid("sampling.skip_special_tokens", "a worker returns no text")
+        if request.HasField("priority"):
+            raise invalid("priority", "requests wait for their turn in the frontend, not here")
         token_ids = check_prompt(request.token_ids.ids, loaded.limits)
         sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=loaded.limits)
         dp_rank = request.dp_rank if request.HasField("dp_rank") else None

@@ -71,6 +71,8 @@ class LiveLegs:
     def __init__(self, role: Role, abort_in_engine: Callable[[str], Awaitable[None]]) -> None:
         self._role = role
         self._abort_in_engine = abort_in_engine
+        # Called when a leg has ended.
+        self.on_end: Callable[[], None] = lambda: None
         self._legs: dict[str, Leg] = {}
         self._early_aborts = EarlyAborts()
         self._empty = asyncio.Event()
@@ -125,6 +127,7 @@ class LiveLegs:
             metrics.WORKER_LIVE_LEGS.labels(self._role).set(len(self._legs))
             if not self._legs:
                 self._empty.set()
+            self.on_end()
 
     def _heard(self) -> None:
         self._last_word = time.monotonic()

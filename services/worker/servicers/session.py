@@ -17,6 +17,7 @@ import structlog
 from kvbaton.errors import Reason, RequestError, cancelled, invalid
 from kvbaton.v1 import generate_pb2, session_pb2, session_pb2_grpc
 from services.worker.core import WorkerCore
+from services.worker.credits import Entry
 from services.worker.leg_runner import LegRunner
 
 log = structlog.get_logger()
@@ -84,6 +85,7 @@ class Session:
         self._news: dict[int, session_pb2.LegUpdate] = {}
         self._wake = asyncio.Event()
         self._wake.set()
+        self._credits = None if core.window is None else core.window.account(self._wake.set)
 
     async def read(self, commands: AsyncIterator[session_pb2.ConnectRequest]) -> None:
         """Takes commands, each without waiting, until the frontend has no more."""
@@ -93,8 +95,10 @@ class Session:
                     self._submit(command.submit)
                 case "abort":
                     await self._abort(command.abort.leg)
+                case "credits":
+                    self._ask(command.credits)
                 case _:
-                    raise invalid("command", "a session is opened once, then takes submit and abort")
+                    raise invalid("command", "a session is opened once, then takes submit, abort and credits")
 
     async def responses(self, reading: asyncio.Task[None]) -> AsyncIterator[session_pb2.ConnectResponse]:
         """One message whenever there is news, and a heartbeat otherwise; ends when `reading` does."""
@@ -117,22 +121,46 @@ class Session:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._credits is not None:
+            self._credits.close()
+
+    def _ask(self, credits: session_pb2.AskCredits) -> None:
+        if self._credits is None:
+            raise invalid("credits", "legs need no credit on a prefill worker")
+        self._credits.ask(up_to=credits.up_to, returned=credits.returned)
+        # The answer is due now, also when it is that nothing is free.
+        self._wake.set()
 
     def _submit(self, submit: session_pb2.SubmitLeg) -> None:
         if submit.leg in self._legs or submit.leg in self._sent_tokens:
             raise invalid("submit.leg", f"{submit.leg} was used before in this session")
         self._request_ids[submit.leg] = submit.request.request_id
         self._sent_tokens[submit.leg] = 0
-        self._legs[submit.leg] = asyncio.create_task(self._run(submit.leg, submit.request), name=f"leg {submit.leg}")
+        try:
+            # Here and not in the task: the slot is taken from now on.
+            entry = None if self._credits is None else self._credits.spend()
+        except RequestError as error:
+            self._refuse(submit.leg, error)
+            return
+        self._legs[submit.leg] = asyncio.create_task(
+            self._run(submit.leg, submit.request, entry), name=f"leg {submit.leg}"
+        )
 
     async def _abort(self, leg: int) -> None:
         if leg in self._legs and not await self._core.legs.abort(self._request_ids[leg]):
             # Not admitted yet: its checks still wait for the registry.
             self._legs[leg].cancel()
 
-    async def _run(self, leg: int, request: generate_pb2.GenerateRequest) -> None:
+    def _refuse(self, leg: int, error: RequestError) -> None:
+        core = self._core
+        self._fail(leg, error.with_context(leg=core.role, worker=core.instance_id))
+        del self._request_ids[leg]
+
+    async def _run(self, leg: int, request: generate_pb2.GenerateRequest, entry: Entry | None) -> None:
         async def accepted() -> None:
             self._update(leg).accepted = True
+            if entry is not None:
+                entry.done()
 
         try:
             async with contextlib.aclosing(self._runner.run(request, {}, accepted)) as responses:  # type: ignore[type-var]
@@ -148,6 +176,8 @@ class Session:
             self._fail(leg, RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
         finally:
             del self._legs[leg], self._request_ids[leg]
+            if entry is not None:
+                entry.done()
 
     def _add(self, leg: int, response: generate_pb2.GenerateResponse) -> None:
         update = self._update(leg)
@@ -178,4 +208,7 @@ class Session:
         )
         if (silence := self._core.legs.engine_silence) is not None:
             response.engine_silence.FromNanoseconds(int(silence * 1e9))
+        if (window := self._core.window) is not None and self._credits is not None:
+            response.credits_granted = self._credits.granted
+            response.window, response.free_slots = window.size, window.free
         return response
