@@ -19,7 +19,7 @@ import uuid
 from pathlib import Path
 
 from kvbaton.v1 import generate_pb2, health_pb2, health_pb2_grpc, worker_pb2
-from services.frontend.link.protocol import LegEvent, LegFailed, LegFinished, LegTokens, WorkerLink
+from services.frontend.link.protocol import Credit, LegEvent, LegFailed, LegFinished, LegTokens, WorkerLink
 from services.frontend.link.session import SessionLink
 from services.frontend.link.streams import StreamLink
 from services.registry.local import LocalEtcd
@@ -57,6 +57,12 @@ async def run(link: WorkerLink, concurrency: int, osl: int) -> tuple[int, float]
             if not left:
                 done.set()
 
+    link.ask(concurrency)
+    credits: list[Credit] = []
+    while len(credits) < concurrency:
+        while (credit := link.take()) is not None:
+            credits.append(credit)
+        await asyncio.sleep(0.01)
     started = time.process_time()
     for number in range(concurrency):
         request = generate_pb2.GenerateRequest(
@@ -64,7 +70,7 @@ async def run(link: WorkerLink, concurrency: int, osl: int) -> tuple[int, float]
             token_ids=generate_pb2.TokenIds(ids=range(number + 1, number + 33)),
             sampling=generate_pb2.SamplingParams(max_new_tokens=osl, temperature=0),
         )
-        link.submit(request, sink)
+        link.submit(request, sink, credits[number])
     await asyncio.wait_for(done.wait(), 300)
     return tokens, time.process_time() - started
 
@@ -81,7 +87,13 @@ async def compare(concurrency: int, osl: int, rounds: int) -> None:
                 link = StreamLink(channel, worker="w", leg="aggregated", total_timeout=300)
             else:
                 link = SessionLink(
-                    channel, incarnation, worker="w", leg="aggregated", heartbeat=0.25, changed=lambda: None
+                    channel,
+                    incarnation,
+                    worker="w",
+                    leg="aggregated",
+                    heartbeat=0.25,
+                    changed=lambda: None,
+                    credits_came=lambda: None,
                 )
             while not link.healthy:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

@@ -20,7 +20,9 @@ class FrontendConfig:
     link: Literal["streams", "session"] = flag("streams", "one gRPC stream per leg, or one session per worker")
     heartbeat: float = flag(0.5, "seconds; a worker that is silent for two of them gets no new work (session)")
     max_live_requests: int = flag(4096, "requests accepted at once; more get RESOURCE_EXHAUSTED")
+    max_queued_requests: int = flag(1024, "requests that wait for workers; more get RESOURCE_EXHAUSTED")
     queue_timeout: float = flag(30.0, "seconds until a request has workers")
+    check_pairs: bool = flag(True, "prove each pair with a one-page request before its first real one")
     prefill_timeout: float = flag(60.0, "seconds from dispatch until prefill's token, for an empty prompt")
     prefill_timeout_per_1k: float = flag(2.0, "more of them for every 1000 prompt tokens")
     transfer_timeout: float = flag(10.0, "seconds from prefill's token until decode's first, for an empty KV cache")
@@ -53,8 +55,9 @@ class FrontendConfig:
         for name in ("prefill_timeout_per_1k", "transfer_timeout_per_gib", "retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-        if self.max_live_requests < 1:
-            raise ValueError("--max-live-requests must be at least 1")
+        for name in ("max_live_requests", "max_queued_requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         for name in ("port", "http_port"):
             if not 0 <= getattr(self, name) < 65536:
                 raise ValueError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not a port")

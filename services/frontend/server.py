@@ -21,8 +21,10 @@ from kvbaton.v1 import (
     model_pb2_grpc,
 )
 from services.config.frontend import FrontendConfig
+from services.frontend.dispatch.pair_checks import PairChecks
+from services.frontend.dispatch.queue import DispatchQueue
 from services.frontend.edge.app import create_app
-from services.frontend.router.placement import RoundRobinRouter
+from services.frontend.router.placement import Router
 from services.frontend.router.worker_set import WorkerSet
 from services.frontend.service import GenerationService
 from services.frontend.servicers.generate import GenerateServicer
@@ -86,7 +88,13 @@ class Frontend:
         etcd = await stack.enter_async_context(EtcdClient(config.etcd.endpoints, config.etcd.tls()))
         watcher = await stack.enter_async_context(RegistryWatcher(etcd, config.etcd.namespace))
         self.workers = await stack.enter_async_context(WorkerSet(config, watcher, texts))
-        self.generation = GenerationService(config, RoundRobinRouter(self.workers))
+        router = Router(self.workers)
+        pairs = PairChecks(enabled=config.check_pairs)
+        stack.push_async_callback(pairs.close)
+        queue = DispatchQueue(router, pairs, limit=config.max_queued_requests)
+        self.workers.on_change(queue.workers_changed)
+        self.workers.on_credits(queue.credits_came)
+        self.generation = GenerationService(config, router, queue)
         self._health = health = _Health(self.generation)
         self.workers.on_change(self._health_changed)
         server = make_server(lambda server: _register(server, self.generation, self.workers, health.grpc_health))

@@ -13,11 +13,13 @@ from kvbaton.errors import Reason, RequestError, cancelled
 from kvbaton.v1 import generate_pb2, model_pb2
 from services.config.frontend import FrontendConfig
 from services.early_aborts import EarlyAborts
+from services.frontend.dispatch.line import Ticket
+from services.frontend.dispatch.queue import DispatchQueue
 from services.frontend.request.api import LiveRequest
 from services.frontend.request.deadlines import Deadlines
 from services.frontend.request.owner import RequestOwner
 from services.frontend.request.prepare import prepare
-from services.frontend.router.placement import RoundRobinRouter
+from services.frontend.router.placement import Router
 from services.frontend.router.worker import Worker
 from services.requests import check_request_id
 from services.telemetry import metrics
@@ -31,9 +33,10 @@ _ABORT_GRACE = 10.0
 class GenerationService:
     """Implements `Generation`."""
 
-    def __init__(self, config: FrontendConfig, router: RoundRobinRouter) -> None:
+    def __init__(self, config: FrontendConfig, router: Router, queue: DispatchQueue) -> None:
         self._config = config
         self._router = router
+        self._queue = queue
         # Ids from admission on; the owner is None while the request is being prepared.
         self._live: dict[str, RequestOwner | None] = {}
         # Ended while they were being prepared.
@@ -64,15 +67,20 @@ class GenerationService:
         # The served name once it is known: what clients make up is no label.
         model = ""
         request_id = ""
+        ticket: Ticket | None = None
         try:
             request_id = check_request_id(request.request_id) or uuid.uuid4().hex
             self._admit(request_id)
             worker = self._router.find_model(request.model)
             model = worker.record.model.name
+            # Before the prompt is tokenized: the credit comes meanwhile.
+            ticket = self._queue.enter(model, priority=request.priority)
             prepared = await prepare(request, request_id, worker, self._router.limits(model))
             if (ended := self._ended_early.get(request_id)) is not None:
                 raise ended
         except BaseException as error:
+            if ticket is not None:
+                ticket.leave()
             # Also when the caller left while its prompt was being tokenized. A refused duplicate forgets nothing.
             if self._live.get(request_id, self) is None:
                 self._forget(request_id)
@@ -82,7 +90,8 @@ class GenerationService:
             raise error.with_context(request_id=request_id) from error
         owner = RequestOwner(
             prepared,
-            self._router.choose,
+            self._queue,
+            ticket,
             deadlines=self._deadlines(worker, len(prepared.token_ids)),
             retries=self._config.retries,
             received=received,

@@ -133,7 +133,10 @@ async def test_unequal_compat_hashes_are_never_paired(cluster: FakeCluster) -> N
     await cluster.routable(2)
     for worker in cluster.frontend.workers.all():
         if worker.role is Role.DECODE:
-            worker.record.compat_hash = "another"
+            record = worker_pb2.WorkerRecord()
+            record.CopyFrom(worker.record)
+            record.compat_hash = "another"
+            worker.update(record)
     error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
     assert error.reason is Reason.NO_COMPATIBLE_PAIR
 

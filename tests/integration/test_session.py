@@ -38,6 +38,16 @@ class RawSession:
         incarnation = worker.host.incarnation
         await self.call.write(session_pb2.ConnectRequest(open=session_pb2.OpenSession(incarnation=incarnation)))
 
+    async def ask(self, up_to: int, returned: int = 0) -> None:
+        asked = session_pb2.AskCredits(up_to=up_to, returned=returned)
+        await self.call.write(session_pb2.ConnectRequest(credits=asked))
+
+    async def have(self, credits: int) -> None:
+        """Asks for so many credits and waits for them."""
+        await self.ask(credits)
+        while (await self.read()).credits_granted < credits:
+            pass
+
     async def submit(self, leg: int, prompt: list[int], count: int) -> None:
         request = generate_pb2.GenerateRequest(
             request_id=f"leg-{leg}",
@@ -53,6 +63,10 @@ class RawSession:
         response = await self.call.read()
         assert isinstance(response, session_pb2.ConnectResponse), "the session has ended"
         return response
+
+    async def responses(self) -> AsyncIterator[session_pb2.ConnectResponse]:
+        while True:
+            yield await self.read()
 
     async def refused(self) -> RequestError:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -98,12 +112,13 @@ async def test_heartbeats_come_without_news(raw: RawSession, worker: HostedWorke
 async def test_many_legs_share_messages_and_each_is_whole(raw: RawSession, worker: HostedWorker) -> None:
     worker.engine.behaviour.token_seconds = 0.01
     await raw.open(worker)
+    await raw.have(32)
     for leg in range(1, 33):
         await raw.submit(leg, [leg, leg + 1], 20)
     tokens: dict[int, list[int]] = {leg: [] for leg in range(1, 33)}
     ended: set[int] = set()
     messages = 0
-    async for response in raw.call:
+    async for response in raw.responses():
         messages += bool(response.updates)
         for update in response.updates:
             assert update.first_token == len(tokens[update.leg]), "no gap, no repeat"
@@ -119,10 +134,11 @@ async def test_many_legs_share_messages_and_each_is_whole(raw: RawSession, worke
 
 async def test_a_bad_leg_fails_alone(raw: RawSession, worker: HostedWorker) -> None:
     await raw.open(worker)
+    await raw.have(2)
     await raw.submit(1, [], 1)
     await raw.submit(2, [5], 3)
     updates: dict[int, session_pb2.LegUpdate] = {}
-    async for response in raw.call:
+    async for response in raw.responses():
         for update in response.updates:
             updates.setdefault(update.leg, session_pb2.LegUpdate()).MergeFrom(update)
         if len(updates) == 2 and updates[2].HasField("finished"):
@@ -135,6 +151,7 @@ async def test_a_bad_leg_fails_alone(raw: RawSession, worker: HostedWorker) -> N
 async def test_the_end_of_a_session_aborts_its_legs(raw: RawSession, worker: HostedWorker) -> None:
     worker.engine.behaviour.hang = True
     await raw.open(worker)
+    await raw.have(2)
     await raw.submit(1, [5], 3)
     await eventually(lambda: worker.engine.live)
     raw.call.cancel()
@@ -144,6 +161,7 @@ async def test_the_end_of_a_session_aborts_its_legs(raw: RawSession, worker: Hos
 async def test_abort_ends_one_leg(raw: RawSession, worker: HostedWorker) -> None:
     worker.engine.behaviour.hang = True
     await raw.open(worker)
+    await raw.have(2)
     await raw.submit(1, [5], 3)
     await raw.submit(2, [6], 3)
     await eventually(lambda: len(worker.engine.live) == 2)
@@ -154,6 +172,7 @@ async def test_abort_ends_one_leg(raw: RawSession, worker: HostedWorker) -> None
 async def test_the_heartbeat_tells_how_long_the_engine_has_been_silent(raw: RawSession, worker: HostedWorker) -> None:
     worker.engine.behaviour.hang = True
     await raw.open(worker)
+    await raw.have(2)
     await raw.submit(1, [5], 3)
 
     async def silence() -> bool:

@@ -54,16 +54,51 @@ class Leg(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The worker's promise to take one leg. Spend it with `submit` or give it back. It ends with its `session`."""
+
+    session: int
+
+
 class WorkerLink(Protocol):
-    """The connection to one incarnation of one worker."""
+    """The connection to one incarnation of one worker.
+
+    A decode (or aggregated) worker takes legs against credits: `ask` for them, `take` what has come.
+    """
 
     @property
     def healthy(self) -> bool:
         """Whether the worker has shown lately that it is there; new legs go to healthy workers only."""
         ...
 
-    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink) -> Leg:
-        """Sends one leg. `request.request_id` is 32 hex digits and fresh. Never raises: failures reach the sink."""
+    @property
+    def window(self) -> int:
+        """Legs that the worker runs at once."""
+        ...
+
+    @property
+    def free_slots(self) -> int:
+        """How many more it would take, when it last said so."""
+        ...
+
+    def ask(self, count: int) -> None:
+        """Asks for so many credits beside those that have come. The latest call counts."""
+        ...
+
+    def take(self) -> Credit | None:
+        """A credit that has come, if there is one."""
+        ...
+
+    def give_back(self, credit: Credit) -> None:
+        """It isn't needed."""
+        ...
+
+    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink, credit: Credit | None) -> Leg:
+        """Sends one leg. `request.request_id` is 32 hex digits and fresh. Never raises: failures reach the sink.
+
+        `credit` is spent by it; None for prefill legs.
+        """
         ...
 
     async def close(self) -> None:

@@ -19,8 +19,9 @@ from google.rpc import status_pb2
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc, session_pb2, session_pb2_grpc, worker_pb2
+from services.frontend.link.credits import SessionCredits
 from services.frontend.link.proof import RELEASE_DEADLINE, prove_ended
-from services.frontend.link.protocol import LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
+from services.frontend.link.protocol import Credit, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
 
 log = structlog.get_logger()
 
@@ -32,7 +33,7 @@ _RECONNECT_SECONDS = 0.1
 class SessionLink:
     """One channel to one incarnation of a worker. `worker` and `leg` name it in errors; `heartbeat` is in seconds.
 
-    `changed` is called when `healthy` has changed.
+    `changed` is called when `healthy` has changed, `credits_came` when there is something to `take`, or to ask for.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class SessionLink:
         leg: str,
         heartbeat: float,
         changed: Callable[[], None],
+        credits_came: Callable[[], None],
     ) -> None:
         self._channel = channel
         self._sessions = session_pb2_grpc.WorkerSessionServiceStub(channel)
@@ -52,6 +54,8 @@ class SessionLink:
         self._worker, self._leg = worker, leg
         self._heartbeat = heartbeat
         self._changed = changed
+        self._credits_came = credits_came
+        self._credits = SessionCredits(0)
         self._numbers = itertools.count(1)
         self._legs: dict[int, SessionLeg] = {}
         self._commands: deque[session_pb2.ConnectRequest] = deque()
@@ -69,10 +73,37 @@ class SessionLink:
         """Whether the session stands and the worker has spoken lately."""
         return self._healthy
 
-    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink) -> SessionLeg:
+    @property
+    def window(self) -> int:
+        """See `WorkerLink`; 0 until the worker has said it."""
+        return self._credits.window
+
+    @property
+    def free_slots(self) -> int:
+        """See `WorkerLink`."""
+        return self._credits.free_slots
+
+    def ask(self, count: int) -> None:
+        """See `WorkerLink`."""
+        self._credits.ask(count)
+        self._command.set()
+
+    def take(self) -> Credit | None:
+        """See `WorkerLink`."""
+        return self._credits.take()
+
+    def give_back(self, credit: Credit) -> None:
+        """See `WorkerLink`."""
+        self._credits.give_back(credit)
+        self._command.set()
+
+    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink, credit: Credit | None) -> SessionLeg:
         """See `WorkerLink`."""
         leg = SessionLeg(self, next(self._numbers), request, sink)
-        if not self._healthy:
+        lost = credit is not None and credit.session != self._credits.session
+        if lost or not self._healthy:
+            if credit is not None:
+                self.give_back(credit)
             asyncio.get_running_loop().call_soon(leg.fail, self._error(Reason.WORKER_UNREACHABLE, "no session with it"))
             leg.released.set()
             return leg
@@ -113,6 +144,7 @@ class SessionLink:
     async def _session(self) -> None:
         """One stream, until it ends. Raises AioRpcError."""
         self._commands.clear()
+        self._credits = SessionCredits(self._credits.session + 1)
         opening = session_pb2.OpenSession(incarnation=self._incarnation)
         opening.heartbeat.FromNanoseconds(int(self._heartbeat * 1e9))
         self._commands.append(session_pb2.ConnectRequest(open=opening))
@@ -121,18 +153,23 @@ class SessionLink:
         try:
             async for response in call:
                 self._heard_at = time.monotonic()
+                credits_came = self._credits.heard(response)
                 self._set_healthy(True, "")
                 for update in response.updates:
                     self._take(update)
+                if credits_came:
+                    self._credits_came()
         finally:
             call.cancel()
 
     async def _outgoing(self) -> AsyncIterator[session_pb2.ConnectRequest]:
         while True:
             await self._command.wait()
+            self._command.clear()
             while self._commands:
                 yield self._commands.popleft()
-            self._command.clear()
+            if (asked := self._credits.news()) is not None:
+                yield session_pb2.ConnectRequest(credits=asked)
 
     def _take(self, update: session_pb2.LegUpdate) -> None:
         leg = self._legs.get(update.leg)
@@ -159,9 +196,14 @@ class SessionLink:
     async def _watch_silence(self) -> None:
         """A process that is frozen keeps its connection: only its silence shows it."""
         limit = SILENT_HEARTBEATS * self._heartbeat
+        tick = self._heartbeat / 4
         while True:
-            await asyncio.sleep(self._heartbeat / 2)
-            silent = time.monotonic() - self._heard_at
+            began = time.monotonic()
+            await asyncio.sleep(tick)
+            # While this process stood still it could not hear: the worker gets the time back.
+            now = time.monotonic()
+            self._heard_at = min(now, self._heard_at + max(0.0, now - began - tick))
+            silent = now - self._heard_at
             if not self._healthy or silent <= limit:
                 continue
             self._set_healthy(False, f"silent for {silent:.2f} s")

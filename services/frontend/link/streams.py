@@ -10,13 +10,14 @@ import grpc.aio
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
 from services.frontend.link.proof import prove_ended
-from services.frontend.link.protocol import LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
+from services.frontend.link.protocol import Credit, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
 
 # Seconds for the Abort call itself, and for the stream to end after it; then the call is cancelled from our side.
 ABORT_CALL_TIMEOUT = 2.0
 ABORT_END_TIMEOUT = 5.0
 # The stream's own deadline comes this much later than the request's: ending legs in order is the owner's business.
 _BACKSTOP = 30.0
+UNLIMITED = 1 << 20
 
 
 class StreamLink:
@@ -28,13 +29,38 @@ class StreamLink:
         self._worker, self._leg = worker, leg
         self._total_timeout = total_timeout
         self._legs: set[StreamLeg] = set()
+        self._asked = 0
 
     @property
     def healthy(self) -> bool:
         """Streams per leg have no heartbeat: the channel's state has to do."""
         return True
 
-    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink) -> StreamLeg:
+    @property
+    def window(self) -> int:
+        """A stream needs no credit: what the worker's engine can't run waits in there."""
+        return UNLIMITED
+
+    @property
+    def free_slots(self) -> int:
+        """See `window`."""
+        return UNLIMITED
+
+    def ask(self, count: int) -> None:
+        """Granted at once."""
+        self._asked = count
+
+    def take(self) -> Credit | None:
+        """As many as were asked for."""
+        if not self._asked:
+            return None
+        self._asked -= 1
+        return Credit(session=0)
+
+    def give_back(self, credit: Credit) -> None:
+        """Nothing was reserved for it."""
+
+    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink, credit: Credit | None) -> StreamLeg:
         """See `WorkerLink`."""
         call = self._stub.Generate(request, timeout=self._total_timeout + _BACKSTOP)
         leg = StreamLeg(self._stub, call, request, sink, worker=self._worker, leg=self._leg)

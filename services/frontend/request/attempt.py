@@ -52,7 +52,8 @@ class Attempt:
             self._open.add(worker.role)
             self._waiting_for.add(worker.role)
         for worker in reversed(self.placement.workers):
-            self._legs[worker.role] = worker.link.submit(self._request(worker), self._leg_sink(worker.role))
+            credit = self.placement.credit if worker is self.placement.decode else None
+            self._legs[worker.role] = worker.link.submit(self._request(worker), self._leg_sink(worker.role), credit)
 
     @property
     def accepted(self) -> bool:

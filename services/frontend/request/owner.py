@@ -15,6 +15,8 @@ import grpc
 import structlog
 
 from kvbaton.errors import Reason, RequestError, cancelled
+from services.frontend.dispatch.line import Ticket
+from services.frontend.dispatch.queue import DispatchQueue
 from services.frontend.link.protocol import LegAccepted, LegEvent, LegFailed
 from services.frontend.request.answer import Answer
 from services.frontend.request.api import Output
@@ -45,27 +47,37 @@ class _FromLeg:
     event: LegEvent
 
 
+@dataclass(frozen=True, slots=True)
+class _FromQueue:
+    """Workers, or that there will be none."""
+
+    ticket: Ticket
+    result: Placement | RequestError
+
+
 class RequestOwner:
     """Implements `LiveRequest`. `start` it once; `ended` is called when every leg is gone."""
 
     def __init__(
         self,
         prepared: PreparedRequest,
-        choose: Callable[[str, frozenset[str]], Placement],
+        queue: DispatchQueue,
+        ticket: Ticket,
         *,
         deadlines: Deadlines,
         retries: int,
         received: float,
         ended: Callable[[RequestOwner, str], None],
     ) -> None:
-        """`choose` takes the model and the instance ids to do without. `received` is on the monotonic clock."""
+        """`ticket` is the request's first place in the queue. `received` is on the monotonic clock."""
         self._prepared = prepared
-        self._choose = choose
+        self._queue = queue
+        self._ticket = ticket
         self._clock = DeadlineClock(deadlines)
         self._retry = RetryPolicy(retries)
         self._ended = ended
         self._state = RequestState()
-        self._events: asyncio.Queue[_FromLeg | _End] = asyncio.Queue()
+        self._events: asyncio.Queue[_FromLeg | _FromQueue | _End] = asyncio.Queue()
         self._outputs: asyncio.Queue[Output | RequestError] = asyncio.Queue()
         self._attempt: Attempt | None = None
         self._closing: list[asyncio.Task[None]] = []
@@ -124,6 +136,7 @@ class RequestOwner:
             log.error("request failed", request_id=self.request_id, state=self.state, exc_info=error)
             self._fail(RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
         finally:
+            self._ticket.leave()
             self._close_attempt()
             await asyncio.gather(*self._closing)
             self._ended(self, outcome)
@@ -138,8 +151,8 @@ class RequestOwner:
 
     async def _run(self) -> None:
         """Attempts, until one gives an answer or the last one's error is the request's."""
-        placement = self._choose(self.model, frozenset())
         while True:
+            placement = await self._placed(self._ticket)
             self._dispatch(placement)
             try:
                 await self._follow()
@@ -147,14 +160,26 @@ class RequestOwner:
             except RequestError as error:
                 if self.state is State.DECODING or not self._retry.allows(error, placement):
                     raise
-                try:
-                    placement = self._choose(self.model, frozenset(self._retry.excluded))
-                except RequestError:
-                    raise error from None  # nobody is left to try: what failed is the better answer
+                again = self._queue.enter_again(self._ticket, frozenset(self._retry.excluded))
+                if again is None:
+                    raise  # nobody is left to try: what failed is the better answer
+                self._ticket = again
                 log.info("attempt failed", request_id=self.request_id, attempt=self.attempts, error=str(error))
-                self._state.take(Step.RETRY)
+                self._clock.enter(self._state.take(Step.RETRY))
                 self._close_attempt()
                 await self._pause()
+
+    async def _placed(self, ticket: Ticket) -> Placement:
+        """Waits for workers. Raises RequestError."""
+        ticket.deliver_to(lambda result: self._events.put_nowait(_FromQueue(ticket, result)))
+        while True:
+            item = await self._next_event()
+            if isinstance(item, _End):
+                raise item.error
+            if isinstance(item, _FromQueue) and item.ticket is ticket:
+                if isinstance(item.result, RequestError):
+                    raise item.result
+                return item.result
 
     async def _pause(self) -> None:
         """A moment before the next attempt. Raises what ends the request meanwhile."""
@@ -167,6 +192,7 @@ class RequestOwner:
 
     def _dispatch(self, placement: Placement) -> None:
         self._state.take(Step.PAIR_CHOSEN)
+        self._ticket.spend()
         self.attempts += 1
         self._attempt = Attempt(self._prepared, placement, self._from_leg)
         self.answer.dispatched(placement)
@@ -190,7 +216,7 @@ class RequestOwner:
             item = await self._next_event()
             if isinstance(item, _End):
                 raise item.error
-            if item.attempt is not self._attempt:
+            if isinstance(item, _FromQueue) or item.attempt is not self._attempt:
                 continue  # an earlier attempt's legs still say goodbye
             if isinstance(item.event, LegFailed):
                 raise item.event.error
@@ -216,7 +242,7 @@ class RequestOwner:
                     item = await self._events.get()
                     if isinstance(item, _End):
                         raise item.error
-                    if item.attempt is not attempt or item.role is not Role.PREFILL:
+                    if isinstance(item, _FromQueue) or item.attempt is not attempt or item.role is not Role.PREFILL:
                         continue
                     if isinstance(item.event, LegFailed):
                         log.warning("prefill failed behind its answer", request_id=self.request_id)
@@ -247,7 +273,7 @@ class RequestOwner:
         output = self.answer.take(event)
         return output if output.token_ids or output.finished is not None else None
 
-    async def _next_event(self) -> _FromLeg | _End:
+    async def _next_event(self) -> _FromLeg | _FromQueue | _End:
         if not self._events.empty():
             return self._events.get_nowait()
         try:

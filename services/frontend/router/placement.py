@@ -1,14 +1,15 @@
-"""Which workers run one request: round-robin over the pairs that can hand a KV cache to each other."""
+"""Which workers can run a model's requests together: every worker that streams answers, with whom it can pair."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import model_pb2
+from services.frontend.link.protocol import Credit
 from services.frontend.router.worker import Worker
 from services.frontend.router.worker_set import WorkerSet
 from services.requests import Limits, Role
@@ -16,10 +17,11 @@ from services.requests import Limits, Role
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`prefill` is None when `decode` is an aggregated worker."""
+    """The workers of one attempt. `prefill` is None when `decode` is an aggregated worker. `credit` is decode's."""
 
     decode: Worker
     prefill: Worker | None = None
+    credit: Credit | None = None
 
     @property
     def workers(self) -> list[Worker]:
@@ -27,21 +29,60 @@ class Placement:
         return [self.decode] if self.prefill is None else [self.prefill, self.decode]
 
 
-class RoundRobinRouter:
-    """Decode (and aggregated) workers in turn, each with the prefill workers that fit it in turn."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A worker that streams answers: a decode worker with the prefill workers that fit it, or an aggregated one."""
+
+    decode: Worker
+    prefills: tuple[Worker, ...] = ()
+
+    @property
+    def aggregated(self) -> bool:
+        """Whether it needs no prefill worker."""
+        return self.decode.role is Role.AGGREGATED
+
+    @property
+    def workers(self) -> list[Worker]:
+        """All of them."""
+        return [self.decode, *self.prefills]
+
+    def possible(self, excluded: frozenset[str]) -> bool:
+        """Whether it can run a request without the workers of these instance ids."""
+        if self.decode.instance_id in excluded:
+            return False
+        return self.aggregated or any(prefill.instance_id not in excluded for prefill in self.prefills)
+
+
+class Router:
+    """What can be routed to, by model. Computed when workers change, not for every request."""
 
     def __init__(self, workers: WorkerSet) -> None:
         self._workers = workers
-        # By model: one model's traffic doesn't shift another's turn.
-        self._turns: Counter[str] = Counter()
+        self._targets: dict[str, tuple[Target, ...]] | None = None
+        self._limits: dict[str, Limits] = {}
+        workers.on_change(self._forget)
 
     def models(self) -> list[model_pb2.ModelInfo]:
-        """Every model for which `choose` finds workers, by name."""
-        infos: dict[str, model_pb2.ModelInfo] = {}
-        for worker in self._targets(None):
-            if worker.model_info is not None:
-                infos.setdefault(worker.record.model.name, worker.model_info)
-        return [infos[name] for name in sorted(infos)]
+        """Every model that has targets, by name."""
+        infos = {
+            name: target.decode.model_info
+            for name, targets in sorted(self._all().items())
+            for target in targets
+            if target.decode.model_info is not None
+        }
+        return list(infos.values())
+
+    def targets(self, model: str) -> Sequence[Target]:
+        """Who can stream the model's answers now, in a stable order; empty when nobody can."""
+        return self._all().get(model, ())
+
+    def known(self) -> list[Worker]:
+        """Every worker."""
+        return self._workers.all()
+
+    def streaming(self) -> list[Worker]:
+        """Every worker whose legs need a credit, routable or not."""
+        return [worker for worker in self._workers.all() if worker.role is not Role.PREFILL]
 
     def find_model(self, name: str) -> Worker:
         """A worker that knows the model; an empty name means the only one.
@@ -51,7 +92,7 @@ class RoundRobinRouter:
         names = {worker.record.model.name for worker in self._workers.all()}
         if name and name not in names:
             if not names:
-                raise self._no_worker(name)
+                raise self.no_worker(name)
             raise RequestError(
                 grpc.StatusCode.NOT_FOUND,
                 Reason.MODEL_NOT_FOUND,
@@ -65,54 +106,22 @@ class RoundRobinRouter:
                 f"model: missing, and there is more than one: {', '.join(sorted(names))}",
                 field="model",
             )
-        targets = self._targets(name or None)
+        targets = self.targets(name or next(iter(names), ""))
         if not targets:
-            raise self._no_worker(name)
-        return targets[0]
+            raise self.no_worker(name)
+        return targets[0].decode
 
     def limits(self, model: str) -> Limits:
         """What every pair that may run the model's next request takes. Raises RequestError when there is none."""
-        targets = self._targets(model)
+        targets = self.targets(model)
         if not targets:
-            raise self._no_worker(model)
-        prefills = [prefill for decode in targets for prefill in self._prefills_for(decode)]
-        return Limits.smallest([worker.limits for worker in (*targets, *prefills)])
+            raise self.no_worker(model)
+        if model not in self._limits:
+            self._limits[model] = Limits.smallest([worker.limits for target in targets for worker in target.workers])
+        return self._limits[model]
 
-    def choose(self, model: str, excluded: frozenset[str] = frozenset()) -> Placement:
-        """The workers of the next request, without those of the `excluded` instance ids.
-
-        Raises RequestError with UNAVAILABLE and what is missing.
-        """
-        targets = self._targets(model, excluded)
-        if not targets:
-            raise self._no_worker(model)
-        rounds, turn = divmod(self._turns[model], len(targets))
-        self._turns[model] += 1
-        decode = targets[turn]
-        if decode.role is Role.AGGREGATED:
-            return Placement(decode)
-        prefills = self._prefills_for(decode, excluded)
-        # One further in every round, so that in time every pair is used.
-        return Placement(decode, prefills[(rounds + turn) % len(prefills)])
-
-    def _targets(self, model: str | None, excluded: frozenset[str] = frozenset()) -> list[Worker]:
-        """Workers that can stream an answer: aggregated ones, and decode workers with a prefill worker that fits."""
-        decodes = [
-            worker for worker in self._workers.routable(Role.DECODE, model) if self._prefills_for(worker, excluded)
-        ]
-        candidates = decodes + self._workers.routable(Role.AGGREGATED, model)
-        return [worker for worker in candidates if worker.instance_id not in excluded]
-
-    def _prefills_for(self, decode: Worker, excluded: frozenset[str] = frozenset()) -> list[Worker]:
-        if decode.role is Role.AGGREGATED:
-            return []
-        return [
-            worker
-            for worker in self._workers.routable(Role.PREFILL, decode.record.model.name)
-            if worker.record.compat_hash == decode.record.compat_hash and worker.instance_id not in excluded
-        ]
-
-    def _no_worker(self, model: str) -> RequestError:
+    def no_worker(self, model: str) -> RequestError:
+        """UNAVAILABLE, with what is missing."""
         wanted = model or None
         prefill, decode = self._workers.routable(Role.PREFILL, wanted), self._workers.routable(Role.DECODE, wanted)
         subject = f"model {model!r}" if model else "any model"
@@ -130,4 +139,28 @@ class RoundRobinRouter:
             reason,
             f"{what} can be routed to for {subject}" + (f" ({states})" if states else ""),
             retry_after=1.0,
+        )
+
+    def _forget(self) -> None:
+        self._targets = None
+        self._limits.clear()
+
+    def _all(self) -> dict[str, tuple[Target, ...]]:
+        if self._targets is None:
+            targets: dict[str, tuple[Target, ...]] = {}
+            for decode in self._workers.routable(Role.DECODE):
+                if prefills := self._prefills_for(decode):
+                    name = decode.record.model.name
+                    targets[name] = (*targets.get(name, ()), Target(decode, prefills))
+            for worker in self._workers.routable(Role.AGGREGATED):
+                name = worker.record.model.name
+                targets[name] = (*targets.get(name, ()), Target(worker))
+            self._targets = targets
+        return self._targets
+
+    def _prefills_for(self, decode: Worker) -> tuple[Worker, ...]:
+        return tuple(
+            worker
+            for worker in self._workers.routable(Role.PREFILL, decode.record.model.name)
+            if worker.record.compat_hash == decode.record.compat_hash
         )

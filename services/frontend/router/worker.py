@@ -9,7 +9,16 @@ import grpc
 import grpc.aio
 import structlog
 
-from kvbaton.v1 import health_pb2, health_pb2_grpc, model_pb2, model_pb2_grpc, worker_pb2
+from kvbaton.errors import RequestError
+from kvbaton.v1 import (
+    bootstrap_pb2,
+    bootstrap_pb2_grpc,
+    health_pb2,
+    health_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    worker_pb2,
+)
 from services.config.frontend import FrontendConfig
 from services.frontend.link.protocol import WorkerLink
 from services.frontend.link.session import SessionLink
@@ -38,6 +47,7 @@ class Worker:
         config: FrontendConfig,
         texts: TextModels,
         changed: Callable[[], None],
+        credits_came: Callable[[Worker], None],
     ) -> None:
         self.record = record
         self.role = Role.from_proto(record.role)
@@ -53,6 +63,7 @@ class Worker:
         self._unexpected = ""
         self._texts = texts
         self._changed = changed
+        self._credits_came = credits_came
         self._channel = make_channel(record.grpc_endpoint, tls=config.tls.client())
         self.link = self._make_link(config)
         self._watching = asyncio.create_task(self._watch(), name=f"worker {record.instance_id}")
@@ -112,6 +123,14 @@ class Worker:
             live_requests=self.live_requests,
         )
 
+    async def check_peer(self, prefill: worker_pb2.WorkerRecord) -> None:
+        """Asks this decode worker whether it can receive KV caches from that prefill worker. Raises RequestError."""
+        request = bootstrap_pb2.CheckPeerRequest(instance_id=prefill.instance_id, incarnation=prefill.incarnation)
+        try:
+            await bootstrap_pb2_grpc.BootstrapServiceStub(self._channel).CheckPeer(request, timeout=_CALL_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            raise RequestError.from_rpc_error(error) from error
+
     async def close(self) -> None:
         """Ends its legs with WORKER_UNREACHABLE and the connection."""
         self._watching.cancel()
@@ -127,6 +146,7 @@ class Worker:
                 leg=self.role,
                 heartbeat=config.heartbeat,
                 changed=self._changed,
+                credits_came=lambda: self._credits_came(self),
             )
         return StreamLink(self._channel, worker=self.instance_id, leg=self.role, total_timeout=config.total_timeout)
 

@@ -39,6 +39,7 @@ class WorkerSet:
         self._retiring: set[asyncio.Task[None]] = set()
         self._expiries: dict[WorkerKey, asyncio.TimerHandle] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._credit_listeners: list[Callable[[Worker], None]] = []
         self._following: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -74,6 +75,10 @@ class WorkerSet:
         """Called after every change of what is known or routable."""
         self._listeners.append(listener)
 
+    def on_credits(self, listener: Callable[[Worker], None]) -> None:
+        """Called when a worker has granted credits, or has slots free that it had not."""
+        self._credit_listeners.append(listener)
+
     async def _follow(self) -> None:
         async for event in self._watcher.events():
             match event:
@@ -105,6 +110,7 @@ class WorkerSet:
             config=self._config,
             texts=self._texts,
             changed=self._changed,
+            credits_came=self._credits_came,
         )
         self._sort()
         self._changed()
@@ -148,6 +154,10 @@ class WorkerSet:
     def _cancel_expiry(self, key: WorkerKey) -> None:
         if (timer := self._expiries.pop(key, None)) is not None:
             timer.cancel()
+
+    def _credits_came(self, worker: Worker) -> None:
+        for listener in self._credit_listeners:
+            listener(worker)
 
     def _changed(self) -> None:
         for role in Role:

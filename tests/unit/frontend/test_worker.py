@@ -52,6 +52,7 @@ async def test_an_unexpected_error_is_a_reason_logged_once_and_asked_again(monke
             config=FrontendConfig(),
             texts=texts,
             changed=lambda: reasons.append(worker.reason),
+            credits_came=lambda _: None,
         )
         await eventually(lambda: worker.routable, what="routable in the end")
         await worker.close()

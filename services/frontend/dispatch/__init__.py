@@ -1,0 +1,6 @@
+"""From a request that waits to workers that will take it.
+
+- `queue`: requests wait for a decode worker's credit, by priority, then arrival
+- `line`: the requests of one model that wait
+- `pair_checks`: whether two workers have proven that they can hand over a KV cache
+"""

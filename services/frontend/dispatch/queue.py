@@ -1,0 +1,234 @@
+"""Requests wait here for a decode worker's credit.
+
+No prefill is spent on a request that decode can't take: a request gets its workers together with the credit of one of
+them. While workers have free slots, the frontend asks as many of them as it has requests; when none has, it asks every
+worker for as many as wait, and gives back what came too much.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import grpc
+
+from kvbaton.errors import Reason, RequestError
+from services.frontend.dispatch.line import Line, Ticket
+from services.frontend.dispatch.pair_checks import PairChecks, PairState
+from services.frontend.link.protocol import Credit
+from services.frontend.router.placement import Placement, Router, Target
+from services.frontend.router.worker import Worker
+from services.telemetry import metrics
+
+# Seconds that a refused client is told to wait: as long as the oldest request in the queue has, within these.
+_SHORTEST_WAIT, _LONGEST_WAIT = 1.0, 30.0
+
+
+class DispatchQueue:
+    """Belongs to the event loop. Told by `workers_changed` and `credits_came`; all its methods return at once."""
+
+    def __init__(self, router: Router, pairs: PairChecks, *, limit: int) -> None:
+        """At most `limit` requests wait at a time."""
+        self._router = router
+        self._pairs = pairs
+        self._limit = limit
+        self._lines: dict[str, Line] = {}
+        self._numbers = itertools.count()
+        self._priorities: Counter[int] = Counter()
+        # By model, until workers or pairs change.
+        self._usable: dict[str, dict[Worker, Target]] = {}
+        # By decode worker: which of its prefill workers is next.
+        self._prefill_turns: dict[str, int] = {}
+        pairs.on_change(self._serve_all)
+
+    def __len__(self) -> int:
+        return self._priorities.total()
+
+    def enter(self, model: str, *, priority: int = 0) -> Ticket:
+        """A place in the line. Raises RequestError: RESOURCE_EXHAUSTED when full, UNAVAILABLE when nobody can serve."""
+        if not self._router.targets(model):
+            raise self._router.no_worker(model)
+        if len(self) >= self._limit:
+            self._make_room(priority)
+        return self._add(Ticket(model, priority=priority, number=next(self._numbers), leave=self._left))
+
+    def enter_again(self, ticket: Ticket, excluded: frozenset[str]) -> Ticket | None:
+        """After a failed attempt: at its old place, for workers without `excluded`. None when there are none."""
+        if not any(target.possible(excluded) for target in self._router.targets(ticket.model)):
+            return None
+        return self._add(
+            Ticket(ticket.model, priority=ticket.priority, number=ticket.number, excluded=excluded, leave=self._left)
+        )
+
+    def workers_changed(self) -> None:
+        """Some worker came, went, or can't be routed to any more."""
+        self._pairs.keep_only({worker.record.incarnation.uuid for worker in self._router.known()})
+        streaming = {worker.instance_id for worker in self._router.streaming()}
+        self._prefill_turns = {name: turn for name, turn in self._prefill_turns.items() if name in streaming}
+        in_reach = {target.decode for model in self._lines for target in self._router.targets(model)}
+        for worker in self._router.streaming():
+            if worker not in in_reach:
+                _want_nothing(worker)
+        self._serve_all()
+
+    def credits_came(self, worker: Worker) -> None:
+        """The worker has granted credits, or has slots free that it had not."""
+        line = self._lines.get(worker.record.model.name)
+        if line:
+            self._serve(worker.record.model.name, line)
+        else:
+            _want_nothing(worker)
+
+    def _add(self, ticket: Ticket) -> Ticket:
+        line = self._lines.setdefault(ticket.model, Line())
+        line.add(ticket)
+        self._count(ticket, +1)
+        self._serve(ticket.model, line)
+        return ticket
+
+    def _left(self, ticket: Ticket) -> None:
+        line = self._lines[ticket.model]
+        line.removed(ticket)
+        self._count(ticket, -1)
+        self._serve(ticket.model, line)
+
+    def _settle(self, ticket: Ticket, result: Placement | RequestError) -> None:
+        ticket.settle(result)
+        self._lines[ticket.model].removed(ticket)
+        self._count(ticket, -1)
+
+    def _count(self, ticket: Ticket, change: int) -> None:
+        self._priorities[ticket.priority] += change
+        if not self._priorities[ticket.priority]:
+            del self._priorities[ticket.priority]
+        metrics.QUEUED_REQUESTS.set(len(self))
+
+    def _make_room(self, priority: int) -> None:
+        """The least urgent request leaves for a more urgent one. Raises RequestError when this one is not."""
+        waiting = [ticket for line in self._lines.values() for ticket in line] if self._outranks(priority) else []
+        oldest = min((ticket.entered for line in self._lines.values() for ticket in line), default=time.monotonic())
+        error = RequestError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            Reason.QUEUE_FULL,
+            f"{len(self)} requests wait for workers, --max-queued-requests is {self._limit}",
+            retry_after=min(max(time.monotonic() - oldest, _SHORTEST_WAIT), _LONGEST_WAIT),
+        )
+        if not waiting:
+            raise error
+        self._settle(max(waiting), error)
+
+    def _outranks(self, priority: int) -> bool:
+        return priority > min(self._priorities, default=priority)
+
+    def _serve_all(self) -> None:
+        self._usable.clear()
+        for model, line in self._lines.items():
+            if line:
+                self._serve(model, line)
+
+    def _serve(self, model: str, line: Line) -> None:
+        """Hands out what has come, then asks for what is still needed; a stream's credits come at once."""
+        if line and not self._router.targets(model):
+            error = self._router.no_worker(model)
+            for ticket in list(line):
+                self._settle(ticket, error)
+            return
+        self._hand_out(model, line)
+        while True:
+            self._ask(model, line)
+            if not self._hand_out(model, line):
+                return
+
+    def _hand_out(self, model: str, line: Line) -> bool:
+        """Gives every credit that has come to the most urgent request; True when there were any."""
+        came = False
+        for decode in _from(list(self._targets(model)), line.turn):
+            while (credit := decode.link.take()) is not None:
+                came = True
+                if not self._use(line, self._targets(model)[decode], credit):
+                    decode.link.give_back(credit)
+        return came
+
+    def _use(self, line: Line, target: Target, credit: Credit) -> bool:
+        """Spends the credit on a request, or on the proof of its pair."""
+        ticket = line.first_for(target)
+        if ticket is None:
+            return False
+        line.turn += 1
+        if target.aggregated:
+            self._settle(ticket, Placement(target.decode, credit=credit))
+            return True
+        prefill = self._next_prefill(target, ticket.excluded)
+        placement = Placement(target.decode, prefill, credit)
+        if self._pairs.state(prefill, target.decode) is PairState.PROVEN:
+            self._settle(ticket, placement)
+        else:
+            # The request stays in the line: it gets the next credit, of this pair or of another.
+            self._pairs.begin(placement)
+            self._usable.clear()
+        return True
+
+    def _next_prefill(self, target: Target, excluded: frozenset[str]) -> Worker:
+        """In turn; each decode worker begins with another one, so that one round uses as many as it can."""
+        prefills = [prefill for prefill in target.prefills if prefill.instance_id not in excluded]
+        decode = target.decode
+        first = list(self._targets(decode.record.model.name)).index(decode)
+        turn = self._prefill_turns.setdefault(decode.instance_id, first)
+        self._prefill_turns[decode.instance_id] = turn + 1
+        return prefills[turn % len(prefills)]
+
+    def _ask(self, model: str, line: Line) -> None:
+        wanted = {decode: self._wanted(line, target) for decode, target in self._targets(model).items()}
+        free = {worker: min(count, worker.link.free_slots) for worker, count in wanted.items()}
+        if sum(free.values()) < len(line):
+            for worker, count in wanted.items():
+                worker.link.ask(min(count, worker.link.window))
+            return
+        asks = dict.fromkeys(wanted, 0)
+        left = len(line)
+        while left:
+            for worker in _from(list(wanted), line.turn):
+                if left and asks[worker] < free[worker]:
+                    asks[worker] += 1
+                    left -= 1
+        for worker, count in asks.items():
+            worker.link.ask(count)
+
+    def _wanted(self, line: Line, target: Target) -> int:
+        """Credits that could be used there."""
+        count = line.count_for(target)
+        if target.aggregated or not count:
+            return count
+        states = [self._pairs.state(prefill, target.decode) for prefill in target.prefills]
+        # Without a proven pair each credit goes into a proof.
+        return count if PairState.PROVEN in states else min(count, len(states))
+
+    def _targets(self, model: str) -> dict[Worker, Target]:
+        """By decode worker; of its prefill workers those that have handed over to it, or may try to."""
+        if model not in self._usable:
+            self._usable[model] = {
+                target.decode: replace(
+                    target,
+                    prefills=tuple(
+                        prefill
+                        for prefill in target.prefills
+                        if self._pairs.state(prefill, target.decode) in (PairState.PROVEN, PairState.UNKNOWN)
+                    ),
+                )
+                for target in self._router.targets(model)
+            }
+        return self._usable[model]
+
+
+def _from(workers: Sequence[Worker], turn: int) -> list[Worker]:
+    start = turn % len(workers) if workers else 0
+    return [*workers[start:], *workers[:start]]
+
+
+def _want_nothing(worker: Worker) -> None:
+    worker.link.ask(0)
+    while (credit := worker.link.take()) is not None:
+        worker.link.give_back(credit)
