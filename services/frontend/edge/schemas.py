@@ -119,6 +119,7 @@ class TextPart(BaseModel):
     text: str
 
 
+Int32 = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 TokenId = Annotated[int, Field(ge=0, lt=TOKEN_ID_LIMIT)]
 Prompt = Annotated[
@@ -194,6 +195,8 @@ class GenerationBody(_Body):
     """Do not stop at the model's end-of-sequence tokens. Default false."""
     skip_special_tokens: bool | None = None
     """Leave special tokens out of the text. Default true."""
+    priority: Int32 | None = None
+    """While requests wait for workers, higher goes first. Default 0."""
 
     # Known, but not supported beyond their neutral value.
     n: Annotated[object, Only(1)] = None

@@ -93,7 +93,9 @@ def _request(body: GenerationBody, request_id: str, max_tokens: int | None) -> g
         stop_token_ids=body.stop_token_ids,
         skip_special_tokens=body.skip_special_tokens,
     )
-    return generate_pb2.GenerateRequest(request_id=request_id, model=body.model, sampling=sampling)
+    return generate_pb2.GenerateRequest(
+        request_id=request_id, model=body.model, sampling=sampling, priority=body.priority
+    )
 
 
 def _message(message: ChatMessage) -> generate_pb2.ChatMessage:

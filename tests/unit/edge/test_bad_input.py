@@ -36,6 +36,8 @@ ON_BOTH: list[tuple[str, object]] = [
     ("top_k", 1.5),
     ("top_k", 2**63),
     ("min_p", "0.1"),
+    ("priority", 2**31),
+    ("priority", "high"),
     ("min_tokens", True),
     ("max_tokens", "16"),
     ("max_tokens", 16.5),
@@ -68,7 +70,7 @@ ON_BOTH: list[tuple[str, object]] = [
     # Fields that other servers take, and one that nobody does.
     ("guided_json", {}),
     ("lora_path", "x"),
-    ("priority", 1),
+    ("priorities", 1),
     ("temprature", 0.5),
 ]
 ON_COMPLETIONS: list[tuple[str, object]] = [

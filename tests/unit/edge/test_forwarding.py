@@ -56,6 +56,12 @@ async def test_a_sampling_field_is_forwarded(route: str, name: str) -> None:
     assert set_fields(request.sampling) == defaults | {proto_name: proto_value}
 
 
+@pytest.mark.parametrize("route", ROUTES)
+async def test_the_priority_is_forwarded(route: str) -> None:
+    assert (await forwarded(route, priority=-3)).priority == -3
+    assert not (await forwarded(route)).HasField("priority")
+
+
 def test_every_sampling_field_of_the_contract_can_be_set() -> None:
     reachable = {expected[0] if isinstance(expected, tuple) else name for name, (_, expected) in SAMPLING.items()}
     assert reachable == set(generate_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
