@@ -14,6 +14,8 @@ from typing import Any
 
 # SGLang's progress thread for NIXL spins a whole core with its default of 0.
 _NIXL_PROGRESS_DELAY_US = 1000
+# On a CPU the engine takes all there is of it. The host beside it, which answers heartbeats, needs little, but at once.
+_CPU_NICENESS = 5
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
@@ -21,6 +23,7 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
     die_with_parent()
     scheduler: Any = import_module("sglang.srt.managers.scheduler")
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        os.nice(_CPU_NICENESS)
         register_kv_cache_as_host_memory()
         seed_every_request()
     scheduler.run_scheduler_process(*args, **kwargs)
