@@ -17,7 +17,7 @@ class FrontendConfig:
     port: int = flag(50051, "gRPC port")
     http_port: int = flag(8000, "HTTP port of the OpenAI API, /health, /live and /metrics")
 
-    link: Literal["streams", "session"] = flag("streams", "one gRPC stream per leg, or one session per worker")
+    link: Literal["streams", "session"] = flag("session", "one session per worker, or one gRPC stream per leg")
     heartbeat: float = flag(0.5, "seconds; a worker that is silent for two of them gets no new work (session)")
     max_live_requests: int = flag(4096, "requests accepted at once; more get RESOURCE_EXHAUSTED")
     max_queued_requests: int = flag(1024, "requests that wait for workers; more get RESOURCE_EXHAUSTED")
