@@ -22,15 +22,21 @@ class Processes:
     """A frontend and its workers."""
 
     def __init__(self, etcd_endpoint: str, logs: Path) -> None:
-        self.grpc_port = free_port()
+        self.grpc_ports: dict[str, int] = {}
         self.system_endpoints: dict[str, str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._etcd = ("--etcd-endpoints", etcd_endpoint, "--namespace", f"t-{uuid.uuid4().hex[:12]}")
         self._logs = logs
 
-    def frontend(self, *arguments: str) -> None:
-        ports = ("--port", str(self.grpc_port), "--http-port", str(free_port()))
-        self._start("frontend", "frontend", *ports, *arguments)
+    @property
+    def grpc_port(self) -> int:
+        """Of the first frontend."""
+        return next(iter(self.grpc_ports.values()))
+
+    def frontend(self, *arguments: str, name: str = "frontend") -> None:
+        port = self.grpc_ports[name] = free_port()
+        ports = ("--port", str(port), "--http-port", str(free_port()))
+        self._start(name, "frontend", *ports, *arguments)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.processes[name].send_signal(number)
