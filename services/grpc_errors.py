@@ -6,6 +6,7 @@ INTERNAL, without the traceback on the wire.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +20,10 @@ from kvbaton.errors import Reason, RequestError
 
 log = structlog.get_logger()
 
+# Seconds for a status to reach its client. Then the handler ends: gRPC keeps the status, behind what the client has not
+# read, until it reads it or hangs up.
+_STATUS_TIMEOUT = 1.0
+
 
 class TypedErrors(grpc.aio.ServerInterceptor):
     """Server interceptor; `transport.make_server` puts it on every server."""
@@ -28,13 +33,15 @@ class TypedErrors(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wraps unary-unary and generator-style streaming handlers; others pass as they are."""
+        """Wraps unary-unary handlers and those that stream responses to one request; of the others, generators."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
         method = handler_call_details.method
         if inspect.iscoroutinefunction(handler.unary_unary):
-            return handler._replace(unary_unary=_unary(handler.unary_unary, method))
+            return handler._replace(unary_unary=_coroutine(handler.unary_unary, method))
+        if inspect.iscoroutinefunction(handler.unary_stream):
+            return handler._replace(unary_stream=_coroutine(handler.unary_stream, method))
         if inspect.isasyncgenfunction(handler.unary_stream):
             return handler._replace(unary_stream=_stream(handler.unary_stream, method))
         if inspect.isasyncgenfunction(handler.stream_stream):
@@ -42,7 +49,7 @@ class TypedErrors(grpc.aio.ServerInterceptor):
         return handler
 
 
-def _unary(behaviour: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
+def _coroutine(behaviour: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
     async def wrapped(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
             return await behaviour(request, context)
@@ -73,7 +80,10 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, 
         log.error("handler failed", method=method, exc_info=error)
         error = RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, f"internal error in {method}")
     # Missing in the published stubs.
-    await context.abort_with_status(  # pyright: ignore[reportAttributeAccessIssue]
-        error.to_status()
-    )
+    abort = context.abort_with_status  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        async with asyncio.timeout(_STATUS_TIMEOUT):
+            await abort(error.to_status())
+    except TimeoutError:
+        raise grpc.aio.AbortError from error
     raise AssertionError("abort_with_status raises")

@@ -21,6 +21,7 @@ class FrontendConfig:
     heartbeat: float = flag(0.5, "seconds; a worker that is silent for two of them gets no new work (session)")
     max_live_requests: int = flag(4096, "requests accepted at once; more get RESOURCE_EXHAUSTED")
     max_queued_requests: int = flag(1024, "requests that wait for workers; more get RESOURCE_EXHAUSTED")
+    max_buffered_bytes: int = flag(1 << 20, "bytes of an answer that its client may leave unread before it is ended")
     queue_timeout: float = flag(30.0, "seconds until a request has workers")
     check_pairs: bool = flag(True, "prove each pair with a one-page request before its first real one")
     prefill_timeout: float = flag(60.0, "seconds from dispatch until prefill's token, for an empty prompt")
@@ -55,7 +56,7 @@ class FrontendConfig:
         for name in ("prefill_timeout_per_1k", "transfer_timeout_per_gib", "retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-        for name in ("max_live_requests", "max_queued_requests"):
+        for name in ("max_live_requests", "max_queued_requests", "max_buffered_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         for name in ("port", "http_port"):

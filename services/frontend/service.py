@@ -94,6 +94,7 @@ class GenerationService:
             ticket,
             deadlines=self._deadlines(worker, len(prepared.token_ids)),
             retries=self._config.retries,
+            max_buffered_bytes=self._config.max_buffered_bytes,
             received=received,
             ended=self._request_ended,
         )

@@ -7,5 +7,6 @@
 - `attempt`: one attempt: both legs on one pair, and how they are ended
 - `retry`: which failures another pair may cure
 - `answer`: tokens in, outputs out, times of the phases
+- `outbox`: outputs that the client has not taken yet, bounded
 - `deadlines`: how long each phase may take
 """

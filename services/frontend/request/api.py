@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -55,7 +55,10 @@ class Output:
 
 
 class LiveRequest(Protocol):
-    """One accepted request. It has an owner task of its own: reading it slowly or not at all does not stop it."""
+    """One accepted request. It has an owner task of its own: reading it slowly or not at all does not stop it.
+
+    A reader that leaves more than --max-buffered-bytes unread is cut off: RESOURCE_EXHAUSTED, CLIENT_TOO_SLOW.
+    """
 
     @property
     def request_id(self) -> str:
@@ -64,6 +67,10 @@ class LiveRequest(Protocol):
 
     def outputs(self) -> AsyncIterator[Output]:
         """Ends after the output with `finished`, or raises RequestError once. Leaving it early cancels the request."""
+        ...
+
+    def when_cut_off(self, act: Callable[[], None]) -> None:
+        """`act` is called when the reader is cut off, so that it gives up a write that waits for the client."""
         ...
 
     def cancel(self) -> None:

@@ -22,6 +22,7 @@ from services.frontend.request.answer import Answer
 from services.frontend.request.api import Output
 from services.frontend.request.attempt import PREFILL_END_TIMEOUT, Attempt
 from services.frontend.request.deadlines import DeadlineClock, Deadlines
+from services.frontend.request.outbox import Outbox
 from services.frontend.request.prepare import PreparedRequest
 from services.frontend.request.retry import RetryPolicy
 from services.frontend.request.states import RequestState, State, Step
@@ -66,6 +67,7 @@ class RequestOwner:
         *,
         deadlines: Deadlines,
         retries: int,
+        max_buffered_bytes: int,
         received: float,
         ended: Callable[[RequestOwner, str], None],
     ) -> None:
@@ -78,7 +80,7 @@ class RequestOwner:
         self._ended = ended
         self._state = RequestState()
         self._events: asyncio.Queue[_FromLeg | _FromQueue | _End] = asyncio.Queue()
-        self._outputs: asyncio.Queue[Output | RequestError] = asyncio.Queue()
+        self._outbox = Outbox(max_buffered_bytes)
         self._attempt: Attempt | None = None
         self._closing: list[asyncio.Task[None]] = []
         self.answer = Answer(prepared, received)
@@ -107,14 +109,17 @@ class RequestOwner:
         """See `LiveRequest`."""
         try:
             while True:
-                item = await self._outputs.get()
-                if isinstance(item, RequestError):
-                    raise item
-                yield item
-                if item.finished is not None:
+                output = await self._outbox.get()
+                yield output
+                if output.finished is not None:
                     return
         finally:
+            self._outbox.close()
             self.cancel()
+
+    def when_cut_off(self, act: Callable[[], None]) -> None:
+        """See `LiveRequest`."""
+        self._outbox.when_cut_off(act)
 
     def cancel(self) -> None:
         """See `LiveRequest`."""
@@ -147,7 +152,7 @@ class RequestOwner:
             self._state.take(Step.CANCEL if error.code is grpc.StatusCode.CANCELLED else Step.ERROR)
         room = self._attempt.room_number if self._attempt is not None else 0
         self.answer.error = error.with_context(room=room, request_id=self.request_id)
-        self._outputs.put_nowait(self.answer.error)
+        self._outbox.fail(self.answer.error)
 
     async def _run(self) -> None:
         """Attempts, until one gives an answer or the last one's error is the request's."""
@@ -224,11 +229,11 @@ class RequestOwner:
             if output is None:
                 continue
             if output.finished is None:
-                self._outputs.put_nowait(output)
+                self._outbox.put(output)
                 continue
             await self._settle_hand_over(item.attempt)
             self._state.take(Step.COMPLETE)
-            self._outputs.put_nowait(self.answer.with_prefills_word(output))
+            self._outbox.put(self.answer.with_prefills_word(output))
             return
 
     async def _settle_hand_over(self, attempt: Attempt) -> None:

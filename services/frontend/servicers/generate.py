@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from kvbaton.errors import invalid
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
@@ -27,12 +28,21 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
 
     async def Generate(  # type: ignore[override]
         self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[generate_pb2.GenerateResponse]:
-        """Streams one answer; a cancelled call cancels both legs."""
+    ) -> None:
+        """Streams one answer; a cancelled call cancels both legs.
+
+        It writes instead of yielding because a write to a client that doesn't read never returns, and must be given up
+        when the request is cut off.
+        """
         live = await self._generation.submit(request)
         async with contextlib.aclosing(live.outputs()) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                yield _response(output, live.request_id)
+            try:
+                async with asyncio.timeout(None) as writing:
+                    live.when_cut_off(lambda: writing.reschedule(0))
+                    async for output in outputs:
+                        await context.write(_response(output, live.request_id))
+            except TimeoutError:
+                await anext(outputs)  # raises why
 
     async def Abort(
         self, request: generate_pb2.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]

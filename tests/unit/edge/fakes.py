@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
@@ -58,6 +58,9 @@ class ScriptedRequest:
             self.finished = True
         finally:
             self.cancel()
+
+    def when_cut_off(self, act: Callable[[], None]) -> None:
+        """Nothing that is scripted is cut off."""
 
     def cancel(self) -> None:
         if not self.finished:
