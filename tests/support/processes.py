@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvbaton.client import Client, SamplingParams
@@ -19,14 +20,16 @@ ROOT = Path(__file__).parents[2]
 
 
 class Processes:
-    """A frontend and its workers."""
+    """A frontend and its workers. `environment` is added to what the test's own process has."""
 
-    def __init__(self, etcd_endpoint: str, logs: Path) -> None:
+    def __init__(self, etcd_endpoint: str, logs: Path, environment: Mapping[str, str] | None = None) -> None:
         self.grpc_ports: dict[str, int] = {}
+        self.http_port = free_port()
         self.system_endpoints: dict[str, str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._etcd = ("--etcd-endpoints", etcd_endpoint, "--namespace", f"t-{uuid.uuid4().hex[:12]}")
         self._logs = logs
+        self._environment = dict(environment or {})
 
     @property
     def grpc_port(self) -> int:
@@ -35,11 +38,31 @@ class Processes:
 
     def frontend(self, *arguments: str, name: str = "frontend") -> None:
         port = self.grpc_ports[name] = free_port()
-        ports = ("--port", str(port), "--http-port", str(free_port()))
+        # Only the first one's is known.
+        http_port = free_port() if len(self.grpc_ports) > 1 else self.http_port
+        ports = ("--port", str(port), "--http-port", str(http_port))
         self._start(name, "frontend", *ports, *arguments)
+
+    @property
+    def target(self) -> str:
+        """host:port of the frontend's gRPC."""
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def metrics_endpoints(self) -> dict[str, str]:
+        """host:port of every process's /metrics, by its name."""
+        return {"frontend": f"127.0.0.1:{self.http_port}", **self.system_endpoints}
+
+    def pid(self, name: str) -> int:
+        return self.processes[name].pid
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.processes[name].send_signal(number)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL; returns once the process is gone."""
+        self.processes[name].kill()
+        self.processes[name].wait(10)
 
     def worker(self, name: str, *arguments: str, sim: str = "") -> None:
         system_port = free_port()
@@ -54,7 +77,7 @@ class Processes:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "services.cli", *arguments, *self._etcd],
                 cwd=ROOT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -71,6 +94,17 @@ class Processes:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+async def all_routable(client: Client, count: int) -> None:
+    """Waits until the frontend can route to `count` workers."""
+
+    async def routable() -> bool:
+        with contextlib.suppress(RequestError):
+            return sum(worker.routable for worker in (await client.status()).workers) == count
+        return False
+
+    await eventually(routable, within=60, every=0.2, what=f"{count} routable workers")
 
 
 async def answering(client: Client) -> None:
