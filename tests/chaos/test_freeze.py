@@ -1,0 +1,150 @@
+"""Prefill freezes in a transfer, decode goes on, prefill thaws and writes the rest: no answer changes.
+
+The frozen process holds page numbers of decode's memory and writes into them whatever has become of the request. So
+the pages must not be another request's by then, although decode's pool is so small that every other page is used again
+and again meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from kvbaton.client import Client
+from tests.support.processes import Processes, all_routable
+from tests.support.simulator import Simulator
+from tests.support.traffic import ask
+from tests.support.waiting import eventually
+
+PAGE = 16
+PROMPT_PAGES = 8
+# A page takes its prefill this many seconds to write, a whole prompt PROMPT_PAGES times as many.
+PAGE_SECONDS = 0.4
+FROZEN_SECONDS = 4.5
+DOOMED = 3
+ANSWER = 30
+REQUEST_PAGES = PROMPT_PAGES + 2
+# The doomed requests' pages, and room for four others at a time.
+POOL_PAGES = (DOOMED + 4) * REQUEST_PAGES
+CONCURRENCY = 12
+
+# Decode takes a prefill for dead before it thaws, and fails its transfers by itself; after the frontend has missed it, as
+# with SGLang's own, longer times.
+GIVES_UP = "heartbeat_interval=0.8,heartbeat_timeout=0.3,heartbeat_failures=2"
+
+
+def start(processes: Processes, decode: str) -> None:
+    processes.frontend("--link", "session", "--heartbeat", "0.5")
+    slow = f"prefix_cache=false,transfer_byte={PAGE_SECONDS / (PAGE * 4)}"
+    processes.worker("frozen", "prefill", sim=slow)
+    processes.worker("healthy", "prefill", sim="prefix_cache=false")
+    processes.worker("decode", "decode", sim=f"max_total_tokens={POOL_PAGES * PAGE},decode_step=0.002,{decode}")
+
+
+async def rank(processes: Processes, name: str) -> dict[str, int]:
+    async with Simulator(processes.system_endpoints[name]) as simulator:
+        (only,) = (await simulator.state())["ranks"]
+        return only
+
+
+class Others:
+    """Requests that come one behind the other while something happens to a worker."""
+
+    def __init__(self, client: Client) -> None:
+        self.answered = 0
+        self._client = client
+        self._on = True
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncGenerator[Others]:
+        """They run inside; their failures are raised at the end."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(CONCURRENCY):
+                tasks.create_task(self._ask_on())
+            try:
+                yield self
+            finally:
+                self._on = False
+
+    async def more(self, count: int) -> None:
+        """Waits until so many more are answered."""
+        enough = self.answered + count
+        await eventually(lambda: self.answered >= enough, within=30, what=f"{count} more answers")
+
+    async def _ask_on(self) -> None:
+        while self._on:
+            await ask(self._client, prompt_tokens=PROMPT_PAGES * PAGE, tokens=ANSWER)
+            self.answered += 1
+
+
+async def freeze_in_transfers(processes: Processes, client: Client) -> list[asyncio.Task[None]]:
+    """Requests of which half are in the middle of their transfers from the frozen prefill."""
+    running = [
+        asyncio.create_task(ask(client, prompt_tokens=PROMPT_PAGES * PAGE, tokens=ANSWER)) for _ in range(2 * DOOMED)
+    ]
+
+    async def only_the_slow_ones_are_left() -> bool:
+        return sum(task.done() for task in running) == DOOMED
+
+    await eventually(only_the_slow_ones_are_left)
+    await asyncio.sleep(PAGE_SECONDS * PROMPT_PAGES / 3)
+    assert (await rank(processes, "frozen"))["holding"] == DOOMED, "none of the transfers is complete"
+    processes.signal("frozen", signal.SIGSTOP)
+    return running
+
+
+@pytest.mark.parametrize("decode", ["", GIVES_UP], ids=["decode-waits", "decode-gives-up"])
+async def test_no_answer_changes(processes: Processes, decode: str) -> None:
+    start(processes, decode)
+    async with Client(processes.target) as client:
+        await all_routable(client, 3)
+        doomed = await freeze_in_transfers(processes, client)
+        frozen_at = time.monotonic()
+        # What is sent to it before it is missed would be quarantined too, and fill the small pool.
+        await all_routable(client, 2)
+        async with Others(client).running() as others:
+            # The doomed requests are answered too: another prefill takes them over.
+            await asyncio.gather(*doomed)
+            taken_over_after = time.monotonic() - frozen_at
+            assert taken_over_after < FROZEN_SECONDS, "else the freeze would prove nothing"
+            await asyncio.sleep(FROZEN_SECONDS - taken_over_after)
+            state = await rank(processes, "decode")
+            used_again = others.answered * REQUEST_PAGES / (POOL_PAGES - DOOMED * REQUEST_PAGES)
+            processes.signal("frozen", signal.SIGCONT)
+            await others.more(100)
+        print(f"taken over after {taken_over_after:.2f} s, pool used {used_again:.0f} times, {others.answered} others")
+        assert used_again > 10
+        assert state["free_pages"] <= POOL_PAGES - DOOMED * REQUEST_PAGES, "the doomed requests' pages are quarantined"
+        assert state["held_back"] == (DOOMED if decode else 0)
+
+        async def all_pages_are_free() -> bool:
+            return (await rank(processes, "decode"))["free_pages"] == POOL_PAGES
+
+        await eventually(all_pages_are_free)
+        await all_routable(client, 3)
+
+
+async def test_the_oracle_notices_pages_that_are_used_again_under_a_write(processes: Processes) -> None:
+    """What the tests above would say if decode gave pages away whose writer is only frozen."""
+    start(processes, f"{GIVES_UP},deferred_release=false")
+    async with Client(processes.target) as client:
+        await all_routable(client, 3)
+        doomed = await freeze_in_transfers(processes, client)
+        await all_routable(client, 2)
+        await asyncio.gather(*doomed)
+
+        async def all_pages_are_free() -> bool:
+            return (await rank(processes, "decode"))["free_pages"] == POOL_PAGES
+
+        await eventually(all_pages_are_free)
+        with pytest.raises(ExceptionGroup) as caught:
+            async with Others(client).running() as others:
+                await others.more(CONCURRENCY)
+                processes.signal("frozen", signal.SIGCONT)
+                await others.more(200)
+        assert caught.group_contains(AssertionError)
