@@ -116,7 +116,7 @@ async def test_no_answer_changes(processes: Processes, decode: str) -> None:
             state = await rank(processes, "decode")
             used_again = others.answered * REQUEST_PAGES / (POOL_PAGES - DOOMED * REQUEST_PAGES)
             processes.signal("frozen", signal.SIGCONT)
-            await others.more(100)
+            await others.more(2 * CONCURRENCY)
         print(f"taken over after {taken_over_after:.2f} s, pool used {used_again:.0f} times, {others.answered} others")
         assert used_again > 10
         assert state["free_pages"] <= POOL_PAGES - DOOMED * REQUEST_PAGES, "the doomed requests' pages are quarantined"
@@ -146,5 +146,5 @@ async def test_the_oracle_notices_pages_that_are_used_again_under_a_write(proces
             async with Others(client).running() as others:
                 await others.more(CONCURRENCY)
                 processes.signal("frozen", signal.SIGCONT)
-                await others.more(200)
+                await others.more(8 * CONCURRENCY)
         assert caught.group_contains(AssertionError)
