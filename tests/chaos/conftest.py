@@ -29,9 +29,7 @@ def environment() -> Mapping[str, str]:
 
 
 @pytest_asyncio.fixture
-async def processes(
-    etcd_endpoint: str, tmp_path: Path, environment: Mapping[str, str]
-) -> AsyncIterator[Processes]:
+async def processes(etcd_endpoint: str, tmp_path: Path, environment: Mapping[str, str]) -> AsyncIterator[Processes]:
     """Nothing runs yet; whatever the test starts has ended when it ends."""
     processes = Processes(etcd_endpoint, tmp_path, {"XDG_CACHE_HOME": str(tmp_path / "cache"), **environment})
     try:

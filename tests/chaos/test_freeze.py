@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from kvbaton.client import Client
-from tests.support.processes import Processes, all_routable
+from tests.support.processes import Processes, all_proven, all_routable
 from tests.support.simulator import Simulator
 from tests.support.traffic import ask
 from tests.support.waiting import eventually
@@ -33,8 +33,8 @@ REQUEST_PAGES = PROMPT_PAGES + 2
 POOL_PAGES = (DOOMED + 4) * REQUEST_PAGES
 CONCURRENCY = 12
 
-# Decode takes a prefill for dead before it thaws, and fails its transfers by itself; after the frontend has missed it, as
-# with SGLang's own, longer times.
+# Decode takes a prefill for dead before it thaws, and fails its transfers by itself; after the frontend has missed it,
+# as with SGLang's own, longer times.
 GIVES_UP = "heartbeat_interval=0.8,heartbeat_timeout=0.3,heartbeat_failures=2"
 
 
@@ -103,6 +103,7 @@ async def test_no_answer_changes(processes: Processes, decode: str) -> None:
     start(processes, decode)
     async with Client(processes.target) as client:
         await all_routable(client, 3)
+        await all_proven(processes, client, 2)
         doomed = await freeze_in_transfers(processes, client)
         frozen_at = time.monotonic()
         # What is sent to it before it is missed would be quarantined too, and fill the small pool.
@@ -134,6 +135,7 @@ async def test_the_oracle_notices_pages_that_are_used_again_under_a_write(proces
     start(processes, f"{GIVES_UP},deferred_release=false")
     async with Client(processes.target) as client:
         await all_routable(client, 3)
+        await all_proven(processes, client, 2)
         doomed = await freeze_in_transfers(processes, client)
         await all_routable(client, 2)
         await asyncio.gather(*doomed)
@@ -142,7 +144,7 @@ async def test_the_oracle_notices_pages_that_are_used_again_under_a_write(proces
             return (await rank(processes, "decode"))["free_pages"] == POOL_PAGES
 
         await eventually(all_pages_are_free)
-        with pytest.raises(ExceptionGroup) as caught:
+        with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012
             async with Others(client).running() as others:
                 await others.more(CONCURRENCY)
                 processes.signal("frozen", signal.SIGCONT)

@@ -9,7 +9,7 @@ import pytest
 
 from kvbaton.client import Client
 from kvbaton.errors import Reason, RequestError
-from tests.support.processes import Processes, all_routable
+from tests.support.processes import Processes, all_proven, all_routable
 from tests.support.simulator import Simulator
 from tests.support.traffic import ask
 from tests.support.waiting import eventually
@@ -54,6 +54,7 @@ async def test_with_two_pairs_no_client_sees_an_error(processes: Processes, kill
     start(processes, pairs=2)
     async with Client(processes.target) as client:
         await all_routable(client, 4)
+        await all_proven(processes, client, 4)
         await slow_prefills(processes, pairs=2)
         running = [asyncio.create_task(ask(client, prompt_tokens=40, tokens=12)) for _ in range(REQUESTS)]
 
@@ -84,6 +85,7 @@ async def test_with_one_pair_the_error_is_typed_and_quick_and_the_slot_is_free(
     start(processes, pairs=1)
     async with Client(processes.target) as client:
         await all_routable(client, 2)
+        await all_proven(processes, client, 1)
         await slow_prefills(processes, pairs=1)
         running = asyncio.create_task(ask(client, prompt_tokens=40, tokens=12))
 
@@ -104,4 +106,5 @@ async def test_with_one_pair_the_error_is_typed_and_quick_and_the_slot_is_free(
             return not await holding(processes, survivor) and not await live_legs(processes, survivor)
 
         await eventually(let_go, within=SLACK * SLOT_FREE_WITHIN - error_after)
-        print(f"killed {killed}: {caught.value}, after {error_after:.3f} s; free after {time.monotonic() - killed_at:.3f} s")
+        free_after = time.monotonic() - killed_at
+        print(f"killed {killed}: {caught.value}, after {error_after:.3f} s; free after {free_after:.3f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -94,6 +95,17 @@ class Processes:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+async def all_proven(processes: Processes, client: Client, pairs: int) -> None:
+    """Waits until so many pairs have proven that they can hand over, which they do for their first requests."""
+
+    async def proven() -> bool:
+        sampling = SamplingParams(max_new_tokens=1)
+        await asyncio.gather(*(client.generate(token_ids=[1], sampling=sampling, timeout=30) for _ in range(pairs)))
+        return processes.log("frontend").count("pair proven") >= pairs
+
+    await eventually(proven, within=60, every=0.1, what=f"{pairs} proven pairs")
 
 
 async def all_routable(client: Client, count: int) -> None:

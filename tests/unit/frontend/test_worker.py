@@ -49,7 +49,7 @@ async def test_an_unexpected_error_is_a_reason_logged_once_and_asked_again(monke
     with capture_logs() as logs:
         worker = Worker(
             RECORD,
-            config=FrontendConfig(),
+            config=FrontendConfig(link="streams"),
             texts=texts,
             changed=lambda: reasons.append(worker.reason),
             credits_came=lambda _: None,
