@@ -82,6 +82,8 @@ class Attempt:
         for leg in self._legs.values():
             leg.abort()
             await leg.ended()
+        # They hold this attempt by their sinks: without the circle a request's memory is free when it ends.
+        self._legs.clear()
         for worker in self.placement.workers:
             worker.request_ended()
 
