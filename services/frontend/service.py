@@ -202,6 +202,7 @@ class GenerationService:
             "request ended",
             request_id=owner.request_id,
             outcome=outcome,
+            phase=owner.ended_in,
             model=owner.model,
             prompt_tokens=answer.prompt_tokens,
             completion_tokens=answer.completion_tokens,

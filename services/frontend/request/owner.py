@@ -101,6 +101,11 @@ class RequestOwner:
         """Where the request is."""
         return self._state.now
 
+    @property
+    def ended_in(self) -> State | None:
+        """Where the request was when it ended."""
+        return self._state.ended_in
+
     def start(self) -> asyncio.Task[None]:
         """Begins; the caller keeps the task."""
         return asyncio.create_task(self._own(), name=f"request {self.request_id}")

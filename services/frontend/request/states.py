@@ -66,6 +66,8 @@ class RequestState:
 
     def __init__(self) -> None:
         self.now = State.ADMITTED
+        self.ended_in: State | None = None
+        """Where it was when it ended."""
 
     @property
     def ended(self) -> bool:
@@ -76,5 +78,7 @@ class RequestState:
         """Goes on; returns the new state. Raises IllegalTransitionError."""
         if (self.now, step) not in TRANSITIONS:
             raise IllegalTransitionError(f"{step!s} is no step from {self.now!s}")
-        self.now = TRANSITIONS[self.now, step]
+        before, self.now = self.now, TRANSITIONS[self.now, step]
+        if self.ended:
+            self.ended_in = before
         return self.now
