@@ -8,6 +8,7 @@ from kvbaton.client import Client, SamplingParams
 from services.requests import Sampling
 from services.worker.engines.simulated.oracle import expected_tokens
 
+WRONG_ANSWER = "the answer is not the oracle's"
 _VOCABULARY = 32000
 
 
@@ -30,4 +31,4 @@ async def ask(client: Client, *, prompt_tokens: int, tokens: int, timeout: float
     """One request. Raises RequestError, or AssertionError for an answer that is not the oracle's."""
     prompt = fresh_prompt(prompt_tokens)
     answer = await client.generate(token_ids=prompt, sampling=greedy(tokens), timeout=timeout)
-    assert answer.token_ids == oracle(prompt, tokens)
+    assert answer.token_ids == oracle(prompt, tokens), WRONG_ANSWER
