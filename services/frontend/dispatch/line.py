@@ -56,6 +56,7 @@ class Ticket:
         self._result = result
         if self._deliver is not None:
             self._deliver(result)
+            self._deliver = None  # it knows the ticket, and the ticket should not outlive its request
 
     def spend(self) -> None:
         """The placement's credit goes out with the legs."""
@@ -68,7 +69,7 @@ class Ticket:
             self._leave(self)
         elif isinstance(self._result, Placement) and self._result.credit is not None:
             self._result.decode.link.give_back(self._result.credit)
-        self._result = None
+        self._result = self._deliver = None
 
 
 class Line:
