@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -35,7 +36,7 @@ WORKER_STATE_DRAINING: WorkerState
 WORKER_STATE_FAILED: WorkerState
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("instance_id", "role", "state", "incarnation", "grpc_endpoint", "system_endpoint", "model", "runtime", "bootstrap", "compat_hash")
+    __slots__ = ("instance_id", "role", "state", "incarnation", "grpc_endpoint", "system_endpoint", "model", "runtime", "bootstrap", "compat_hash", "needs", "allow_version_skew")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +47,8 @@ class WorkerRecord(_message.Message):
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     BOOTSTRAP_FIELD_NUMBER: _ClassVar[int]
     COMPAT_HASH_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_VERSION_SKEW_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     role: WorkerRole
     state: WorkerState
@@ -56,7 +59,9 @@ class WorkerRecord(_message.Message):
     runtime: RuntimeConfig
     bootstrap: BootstrapEndpoint
     compat_hash: str
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[_Union[Incarnation, _Mapping]] = ..., grpc_endpoint: _Optional[str] = ..., system_endpoint: _Optional[str] = ..., model: _Optional[_Union[ModelIdentity, _Mapping]] = ..., runtime: _Optional[_Union[RuntimeConfig, _Mapping]] = ..., bootstrap: _Optional[_Union[BootstrapEndpoint, _Mapping]] = ..., compat_hash: _Optional[str] = ...) -> None: ...
+    needs: _containers.RepeatedScalarFieldContainer[WorkerRole]
+    allow_version_skew: bool
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[_Union[Incarnation, _Mapping]] = ..., grpc_endpoint: _Optional[str] = ..., system_endpoint: _Optional[str] = ..., model: _Optional[_Union[ModelIdentity, _Mapping]] = ..., runtime: _Optional[_Union[RuntimeConfig, _Mapping]] = ..., bootstrap: _Optional[_Union[BootstrapEndpoint, _Mapping]] = ..., compat_hash: _Optional[str] = ..., needs: _Optional[_Iterable[_Union[WorkerRole, str]]] = ..., allow_version_skew: _Optional[bool] = ...) -> None: ...
 
 class Incarnation(_message.Message):
     __slots__ = ("created_us", "uuid")

@@ -7,11 +7,11 @@ from typing import Any
 import grpc
 
 from kvbaton.errors import Reason, RequestError, invalid
-from kvbaton.v1 import bootstrap_pb2, worker_pb2
+from kvbaton.v1 import bootstrap_pb2
 from services.decode.peers import PrefillPeers
+from services.registry.compat import describe_difference
 from services.worker.bootstrap_probe import bootstrap_answers
 from services.worker.core import WorkerCore
-from services.worker.registration import compat_parts
 from services.worker.servicers.bootstrap import BootstrapServicer
 
 ANSWER_TIMEOUT = 2.0
@@ -52,10 +52,3 @@ class DecodeBootstrapServicer(BootstrapServicer):
 
     def _failed(self, code: grpc.StatusCode, reason: Reason, message: str) -> RequestError:
         return RequestError(code, reason, message, leg=self._core.role, worker=self._core.instance_id)
-
-
-def describe_difference(decode: worker_pb2.WorkerRecord, prefill: worker_pb2.WorkerRecord) -> str:
-    """Which of the fields behind the compat hash differ, with both values."""
-    ours, theirs = compat_parts(decode), compat_parts(prefill)
-    different = [f"{name}: decode {ours[name]}, prefill {theirs[name]}" for name in ours if ours[name] != theirs[name]]
-    return "; ".join(different) or "the compat hashes differ"

@@ -141,6 +141,15 @@ async def test_unequal_compat_hashes_are_never_paired(cluster: FakeCluster) -> N
     assert error.reason is Reason.NO_COMPATIBLE_PAIR
 
 
+async def test_a_pair_that_does_not_fit_says_which_field_differs(cluster: FakeCluster) -> None:
+    await cluster.start_worker(Role.PREFILL)
+    await cluster.start_worker(Role.DECODE, allow_version_skew=True)
+    await cluster.routable(2)
+    error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
+    assert error.reason is Reason.NO_COMPATIBLE_PAIR
+    assert "engine_version: decode any (--allow-version-skew), prefill " in str(error)
+
+
 async def test_text_and_chat_through_the_workers_tokenizer(cluster: FakeCluster) -> None:
     prefill, _ = await cluster.start_pair()
     await cluster.client.generate(text="abc", sampling=greedy(1))

@@ -12,6 +12,7 @@ from kvbaton.v1 import model_pb2
 from services.frontend.link.protocol import Credit
 from services.frontend.router.worker import Worker
 from services.frontend.router.worker_set import WorkerSet
+from services.registry.compat import describe_differences
 from services.requests import Limits, Role
 
 
@@ -130,7 +131,11 @@ class Router:
         elif prefill and not decode:
             reason, what = Reason.NO_DECODE_WORKER, "no decode worker"
         elif prefill and decode:
-            reason, what = Reason.NO_COMPATIBLE_PAIR, "no prefill and decode worker with equal compat hashes"
+            apart = describe_differences([w.record for w in decode], [w.record for w in prefill])
+            reason, what = (
+                Reason.NO_COMPATIBLE_PAIR,
+                "no prefill and decode worker that fit each other" + (f" ({apart})" if apart else ""),
+            )
         else:
             reason, what = Reason.NO_WORKER, "no worker"
         states = "; ".join(f"{w.instance_id}: {w.reason}" for w in self._workers.all() if not w.routable)
