@@ -6,18 +6,14 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.models import smollm2
+from services.models import hub, smollm2
+from services.models.hub import ModelResolutionError
 from services.models.store import Progress, print_progress
+
+__all__ = ["ModelResolutionError", "ResolvedModel", "content_hash", "resolve_model_path", "wait_for_model"]
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the format's own limit
-
-_NEVER_SERVED = ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "onnx/*", "original/*")
-_TORCH_PICKLES = ("*.bin", "*.pt", "*.pth")
-
-
-class ModelResolutionError(Exception):
-    """The model can't be had. The message names what was asked for, the cause, and what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +35,26 @@ def resolve_model_path(spec: str, *, progress: Progress = print_progress) -> Res
     Blocks for as long as a conversion or download takes, so call it before the event loop starts. Honours `HF_TOKEN`,
     `HF_HOME` and `HF_HUB_OFFLINE`. Raises `ModelResolutionError`.
     """
+    found = _without_hub(spec, progress)
+    if isinstance(found, ResolvedModel):
+        return found
+    return _from_hub(spec, hub.download(found["repo"], found["revision"], progress))
+
+
+def wait_for_model(spec: str, *, timeout: float, progress: Progress = print_progress) -> ResolvedModel:
+    """As `resolve_model_path`, for a process that must not download: it waits `timeout` seconds for another to do so.
+
+    The others are node ranks above 0 of one engine, and HF_HOME is a folder that they share with rank 0.
+    """
+    found = _without_hub(spec, progress)
+    if isinstance(found, ResolvedModel):
+        return found
+    folder = hub.wait_for_download(found["repo"], found["revision"], timeout=timeout, progress=progress)
+    return _from_hub(spec, folder)
+
+
+def _without_hub(spec: str, progress: Progress) -> ResolvedModel | re.Match[str]:
+    """The model, or the parts of a hub id."""
     if spec == smollm2.NAME:
         return _known_model(progress)
     folder = Path(spec).expanduser()
@@ -49,7 +65,7 @@ def resolve_model_path(spec: str, *, progress: Progress = print_progress) -> Res
         raise ModelResolutionError(
             f"--model-path {spec}: no such folder, and neither a known model ({smollm2.NAME}) nor a hub id (org/name)"
         )
-    return _from_hub(hub_id["repo"], hub_id["revision"], progress)
+    return hub_id
 
 
 def content_hash(path: Path) -> str:
@@ -93,48 +109,7 @@ def _local_folder(folder: Path) -> ResolvedModel:
     return ResolvedModel(path, path.name, content_hash(path))
 
 
-def _from_hub(repo: str, revision: str | None, progress: Progress) -> ResolvedModel:
-    progress(f"{repo}: looking for it in the hub's cache and on the hub")
-    path = _snapshot(repo, revision, ignore=(*_NEVER_SERVED, *_TORCH_PICKLES))
-    if not any(path.glob("*.safetensors")):
-        path = _snapshot(repo, revision, ignore=_NEVER_SERVED)
-    if not (path / "config.json").is_file():
-        raise ModelResolutionError(f"--model-path {repo}: the repository has no config.json, so it holds no model")
-    progress(f"{repo}: ready in {path}")
-    return ResolvedModel(path, repo, path.name)  # the cache names a snapshot's folder after its commit
-
-
-def _snapshot(repo: str, revision: str | None, *, ignore: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    asked = repo if revision is None else f"{repo}@{revision}"
-    try:
-        return Path(snapshot_download(repo, revision=revision, ignore_patterns=list(ignore)))
-    except GatedRepoError as error:
-        raise ModelResolutionError(f"--model-path {asked}: gated; accept its terms on the hub, set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise ModelResolutionError(f"--model-path {asked}: not on the hub, or private and HF_TOKEN is unset") from error
-    except RevisionNotFoundError as error:
-        raise ModelResolutionError(f"--model-path {asked}: the repository has no revision {revision}") from error
-    except LocalEntryNotFoundError as error:
-        raise ModelResolutionError(
-            f"--model-path {asked}: not in the local hub cache and the hub can't be reached ({_root_cause(error)}); "
-            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelResolutionError(f"--model-path {asked}: {_root_cause(error)}") from error
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _from_hub(spec: str, folder: Path) -> ResolvedModel:
+    if not (folder / "config.json").is_file():
+        raise ModelResolutionError(f"--model-path {spec}: the repository has no config.json, so it holds no model")
+    return ResolvedModel(folder, spec.partition("@")[0], folder.name)  # the cache names a snapshot after its commit

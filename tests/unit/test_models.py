@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from services.models import command, smollm2
+from services.models.hub import missing_files
 from services.models.resolve import ModelResolutionError, content_hash, resolve_model_path
 from services.models.store import MANIFEST_NAME, Manifest, exclusive, replacing
 
@@ -227,6 +228,25 @@ class TestContentHash:
         began = time.monotonic()
         content_hash(model_folder)
         assert time.monotonic() - began < 0.5
+
+
+class TestMissingFiles:
+    def test_an_index_names_its_shards(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").touch()
+        weights = {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(weights))
+        (tmp_path / "x.safetensors").touch()
+        assert missing_files(tmp_path) == ["y.safetensors"]
+
+    def test_shards_say_how_many_they_are(self, tmp_path: Path) -> None:
+        for name in ("config.json", "model-00002-of-00003.safetensors"):
+            (tmp_path / name).touch()
+        assert missing_files(tmp_path) == [f"model-0000{number}-of-00003.safetensors" for number in (1, 3)]
+
+    def test_weights_may_be_absent_unless_they_are_needed(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").touch()
+        assert missing_files(tmp_path) == []
+        assert missing_files(tmp_path, weights_needed=True) == ["model.safetensors"]
 
 
 class TestCommand:
