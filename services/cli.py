@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from services.config.flags import ConfigError, add_flags, build
+from services.config.common import FileFlags
+from services.config.flags import ConfigError, add_flags, build, keys_of, resolve
 from services.config.frontend import FrontendConfig
+from services.config.report import dump, native_settings, settings_of
 from services.config.worker import WorkerConfig
 from services.models import command as model_command
-from services.requests import Role
+from services.modes import MODES, Command, select_mode
 from services.tools import generate as generate_command
 from services.tools import status as status_command
 from services.tools import up as up_command
@@ -33,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kvbaton {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_frontend(commands)
-    _add_worker(commands, Role.PREFILL, "prefill worker: computes KV caches and hands them to decode workers")
-    _add_worker(commands, Role.DECODE, "decode worker; with --disaggregation-mode null the aggregated worker")
+    _add_worker(commands, "prefill")
+    _add_worker(commands, "decode")
     for command in (up_command, generate_command, status_command, bench_command, model_command):
         command.add_arguments(commands)
     parsed, rest = parser.parse_known_args(arguments)
@@ -50,40 +52,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_frontend(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("frontend", help="frontend: router, gRPC and OpenAI HTTP", allow_abbrev=False)
+    add_flags(parser, FileFlags)
     add_flags(parser, FrontendConfig)
     parser.set_defaults(run=_run_frontend)
 
 
 def _run_frontend(parsed: argparse.Namespace, _: list[str]) -> int:
-    config = build(FrontendConfig, parsed, os.environ)
+    files = build(FileFlags, parsed, os.environ)
+    file = files.read()
+    resolved = resolve(FrontendConfig, parsed, os.environ, file)
+    if file is not None:
+        known = keys_of(FrontendConfig)
+        file.without(known).require_empty(known)
+    settings = settings_of(resolved.config, resolved.sources)
+    if files.dump_config_to is not None:
+        dump(settings, files.dump_config_to)
     from services.frontend.process import run_frontend
 
-    return run_frontend(config)
+    return run_frontend(resolved.config, settings)
 
 
-def _add_worker(commands: _SubParsersAction[argparse.ArgumentParser], role: Role, help: str) -> None:
+def _add_worker(commands: _SubParsersAction[argparse.ArgumentParser], command: Command) -> None:
+    modes = [mode for mode in MODES if mode.command == command and mode.role is not None]
     parser = commands.add_parser(
-        role.value,
-        help=help,
+        command,
+        help="; ".join(f"{mode.name} worker: {mode.summary}" for mode in modes),
         allow_abbrev=False,
-        epilog="Every other flag is SGLang's own and is parsed by SGLang (--tp, --dtype, --trust-remote-code, ...).",
+        epilog="Every other flag is SGLang's own and is parsed by SGLang (--dtype, --mem-fraction-static, ...).",
     )
+    add_flags(parser, FileFlags)
     add_flags(parser, WorkerConfig)
-    modes = [role.value] if role is Role.PREFILL else [role.value, "null"]
-    parser.add_argument("--disaggregation-mode", choices=modes, default=role.value, help="default: %(default)s")
     parser.set_defaults(run=_run_worker, takes_native_args=True)
 
 
 def _run_worker(parsed: argparse.Namespace, native_args: list[str]) -> int:
-    mode = parsed.disaggregation_mode
-    role = Role.AGGREGATED if mode == "null" else Role(mode)
+    files = build(FileFlags, parsed, os.environ)
+    file = files.read()
+    resolved = resolve(WorkerConfig, parsed, os.environ, file)
+    native_file = None if file is None else file.without(keys_of(WorkerConfig))
+    chosen = resolved.config
     try:
-        config = build(WorkerConfig, parsed, os.environ).completed(role=role, native_args=tuple(native_args))
+        mode = select_mode(parsed.command, chosen.disaggregation_mode, chosen.embedding_worker)
+        config = chosen.completed(mode, resolved.sources, native_args=tuple(native_args), native_file=native_file)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    settings = (*settings_of(config, resolved.sources), *native_settings(native_args, native_file))
+    if files.dump_config_to is not None:
+        dump(settings, files.dump_config_to)
     from services.worker.process import run_worker
 
-    status = run_worker(config)
+    status = run_worker(config, settings)
     # Nothing is left to do, and taking torch apart costs the interpreter seconds of a pod's termination grace.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,15 +147,30 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, tls: TlsConfig | None
     return bound
 
 
-def join_host_port(host: str, port: int) -> str:
-    """host:port, with an IPv6 address in brackets."""
+def require_free_port(host: str, port: int, *, flag: str) -> None:
+    """Raises PortTakenError when nothing can listen there; for a server that binds later, in another library."""
+    bare = host.strip("[]")
+    with socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bare, port))
+        except OSError as error:
+            address = join_host_port(host, port)
+            raise PortTakenError(f"can't listen on {address} ({error.strerror}): choose another with {flag}") from error
+
+
+def bracketed(host: str) -> str:
+    """The host as it stands before a colon and a port: an IPv6 address in brackets."""
     bare = host.strip("[]")
     try:
-        if ipaddress.ip_address(bare).version == 6:
-            return f"[{bare}]:{port}"
+        return f"[{bare}]" if ipaddress.ip_address(bare).version == 6 else host
     except ValueError:
-        pass
-    return f"{host}:{port}"
+        return host
+
+
+def join_host_port(host: str, port: int) -> str:
+    """host:port, with an IPv6 address in brackets."""
+    return f"{bracketed(host)}:{port}"
 
 
 def split_host_port(address: str) -> tuple[str, int]:

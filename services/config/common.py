@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.config.flags import flag
+from services.config.yaml_file import ConfigFile, read_config_file
 from services.transport import TlsConfig
 
 
@@ -66,3 +67,29 @@ class LogFlags:
 
     log_level: Literal["debug", "info", "warning", "error"] = flag("info", "what is logged")
     log_format: Literal["console", "json"] = flag("console", "lines for people or for machines")
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFlags:
+    """OpenTelemetry; where spans go is in the standard OTEL_* variables."""
+
+    enable_otel: bool = flag(False, "export traces over OTLP")
+
+
+@dataclass(frozen=True, slots=True)
+class FileFlags:
+    """Where a configuration comes from and goes to. These three can't stand in the file themselves."""
+
+    config: Path | None = flag(None, "YAML file with the flags of this process as keys")
+    config_key: str = flag("", "section of the file, a.b.c for a nested one; default: the whole file")
+    dump_config_to: Path | None = flag(
+        None, "write the configuration in force, with the source of each value, and go on"
+    )
+
+    def __post_init__(self) -> None:
+        if self.config_key and self.config is None:
+            raise ValueError("--config-key needs --config")
+
+    def read(self) -> ConfigFile | None:
+        """The section, None without --config. Raises ConfigError."""
+        return None if self.config is None else read_config_file(self.config, self.config_key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from services.config.common import EtcdFlags, LogFlags, TlsFlags
+from services.config.common import EtcdFlags, LogFlags, TlsFlags, TraceFlags
 from services.config.flags import flag, group
 
 
@@ -39,6 +39,7 @@ class FrontendConfig:
     etcd: EtcdFlags = group(EtcdFlags)
     tls: TlsFlags = group(TlsFlags)
     log: LogFlags = group(LogFlags)
+    trace: TraceFlags = group(TraceFlags)
 
     def __post_init__(self) -> None:
         positive = (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Sequence
 
 import structlog
 import uvloop
 
 from services.config.frontend import FrontendConfig
+from services.config.report import Setting, for_log
 from services.frontend.server import Frontend
 from services.telemetry.logging import configure_logging
 from services.transport import PortTakenError
@@ -16,9 +18,12 @@ from services.transport import PortTakenError
 log = structlog.get_logger()
 
 
-def run_frontend(config: FrontendConfig) -> int:
-    """Runs the frontend until a signal ends it. Returns the exit status."""
+def run_frontend(config: FrontendConfig, settings: Sequence[Setting] = ()) -> int:
+    """Runs the frontend until a signal ends it; `settings` are logged. Returns the exit status."""
     configure_logging(level=config.log.log_level, format=config.log.log_format, service="frontend")
+    log.info("configuration", **for_log(settings))
+    if config.trace.enable_otel:
+        log.warning("--enable-otel: this version exports no traces yet")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             runner.run(_serve(config))

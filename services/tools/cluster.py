@@ -41,8 +41,8 @@ from services.transport import join_host_port, make_channel
 _POLL_SECONDS = 0.25
 _STATUS_TIMEOUT = 2.0
 _ETCD_STOP_SECONDS = 5.0
-# What a process says when it lost a port between our choice and its own start (transport, http_server, sglang_launch).
-_PORT_LOST = ("can't listen on", "the bootstrap address")
+# What a process says when it lost a port between our choice and its own start (a PortTakenError of any of its servers).
+_PORT_LOST = "can't listen on"
 
 
 class NotReadyError(Exception):
@@ -274,7 +274,7 @@ class LocalCluster:
 
     def _after_death(self, child: Child) -> None:
         """A second try, with other ports, where somebody else was faster. Raises ChildDiedError otherwise."""
-        lost_port = any(text in line for line in child.log_tail() for text in _PORT_LOST)
+        lost_port = any(_PORT_LOST in line for line in child.log_tail())
         if not lost_port or child.name in self._retried:
             self.board.set(child.name, "failed", describe_exit(child.exit_status()), done=True)
             raise ChildDiedError(child)

@@ -6,7 +6,7 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 
-from services.transport import split_host_port
+from services.transport import bracketed, split_host_port
 
 
 class AdvertiseError(Exception):
@@ -38,6 +38,28 @@ def advertised_host(*, bind_host: str, advertise_host: str, etcd_endpoints: Sequ
     return host
 
 
+def bootstrap_host(*, advertised: str, dist_init_addr: str, sglang_host_ip: str) -> str:
+    """Where decode workers reach SGLang's bootstrap server; an IPv6 address in brackets.
+
+    `sglang_host_ip` (the variable SGLANG_HOST_IP) if set, because SGLang obeys it too; else the host of
+    `dist_init_addr`, which is node rank 0 and runs the bootstrap server of an engine on several machines; else the
+    `advertised` address. Raises AdvertiseError.
+    """
+    if sglang_host_ip:
+        if _is_wildcard(sglang_host_ip):
+            raise AdvertiseError(f"SGLANG_HOST_IP={sglang_host_ip}: nobody can connect to a wildcard address")
+        if _is_loopback(sglang_host_ip) and not _is_loopback(advertised):
+            raise AdvertiseError(
+                f"SGLANG_HOST_IP={sglang_host_ip} is reachable from this machine only, but this worker serves others"
+                f" at {advertised}"
+            )
+        return bracketed(sglang_host_ip)
+    first_node = split_host_port(dist_init_addr)[0] if dist_init_addr else ""
+    # An engine on one machine may meet at its own loopback or wildcard address.
+    here = not first_node or _is_loopback(first_node) or _is_wildcard(first_node)
+    return bracketed(advertised if here else first_node)
+
+
 def _host_of(endpoint: str) -> str:
     return split_host_port(endpoint.rpartition("://")[2].rstrip("/"))[0]
 
@@ -58,7 +80,7 @@ def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -40,7 +41,7 @@ from services.requests import Limits, Role
 from services.telemetry.metrics import watch_event_loop
 from services.transport import bind, join_host_port, make_channel, make_server
 from services.worker import registration, system_http
-from services.worker.advertise import advertised_host
+from services.worker.advertise import advertised_host, bootstrap_host
 from services.worker.core import Loaded, WorkerCore
 from services.worker.engines.protocol import Engine
 from services.worker.leg_runner import LegRunner
@@ -90,6 +91,11 @@ class WorkerHost:
         self._engine: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
         self._host = advertised_host(
             bind_host=config.host, advertise_host=config.advertise_host, etcd_endpoints=config.etcd.endpoints
+        )
+        self._bootstrap_host = bootstrap_host(
+            advertised=self._host,
+            dist_init_addr=config.dist_init_addr,
+            sglang_host_ip=os.environ.get("SGLANG_HOST_IP", ""),
         )
         self._health = GrpcHealth(SERVICE_NAMES)
         instance_id = config.instance_id or registration.default_instance_id(config.role, self._host, config.port)
@@ -258,6 +264,7 @@ class WorkerHost:
             instance_id=self._core.instance_id,
             incarnation=self._core.incarnation,
             advertise_host=self._host,
+            bootstrap_host=self._bootstrap_host,
             grpc_port=grpc_port,
             system_port=system_port,
             model=identity,

@@ -12,6 +12,7 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -20,27 +21,40 @@ import structlog
 import uvloop
 
 from kvbaton.v1 import worker_pb2
+from services.config.errors import ConfigError
+from services.config.report import Setting, for_log
 from services.config.worker import WorkerConfig
-from services.models.resolve import ModelResolutionError, ResolvedModel, resolve_model_path
-from services.roles import contract_of
+from services.models.resolve import ModelResolutionError, ResolvedModel, resolve_model_path, wait_for_model
+from services.modes import contract_of, mode_of
 from services.telemetry.logging import configure_logging
-from services.transport import PortTakenError
+from services.transport import PortTakenError, require_free_port
 from services.worker.advertise import AdvertiseError
 from services.worker.engines.protocol import Engine
 from services.worker.host import WorkerHost
 
 log = structlog.get_logger()
 
+# What went wrong is all in the message.
+_EXPLAINED = (ModelResolutionError, ConfigError)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def run_worker(config: WorkerConfig) -> int:
-    """Runs one worker until a signal ends it. Returns the exit status. Must be called in the main thread."""
+def run_worker(config: WorkerConfig, settings: Sequence[Setting] = ()) -> int:
+    """Runs one worker until a signal ends it; `settings` are logged. Returns the exit status.
+
+    Must be called in the main thread.
+    """
     configure_logging(level=config.log.log_level, format=config.log.log_format, service=config.role)
+    log.info("configuration", **for_log(settings))
+    if config.trace.enable_otel:
+        log.warning("--enable-otel: this version exports no traces yet")
     # Its first start unblocks signals, so it comes before the mask; the engine would start it anyway.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
+        if mode_of(config.role).has_bootstrap and not config.node_rank:
+            # SGLang's own server only logs that its port is taken, and the schedulers then register at whoever has it.
+            require_free_port(config.host, config.disaggregation_bootstrap_port, flag="--disaggregation-bootstrap-port")
         return _Process(config).run()
     except (ModelResolutionError, PortTakenError, AdvertiseError, ValueError) as error:
         log.error("worker can't start", error=str(error))
@@ -63,11 +77,14 @@ class _Process:
         host = self._listening.result()
         threading.Thread(target=self._wait_for_signal, args=(host,), name="signals", daemon=True).start()
         try:
+            _check_engine_flags(self._config)
             self._resolved = _resolve_model(self._config)
-            self._engine = self._make_engine(self._resolved.path, host.advertised_host)
+            # The address that SGLang was told by hand is where the other legs reach it.
+            transfer_host = os.environ.get("SGLANG_HOST_IP") or host.advertised_host
+            self._engine = self._make_engine(self._resolved.path, transfer_host)
             self._engine.start()
         except Exception as error:
-            log.error("engine not built", error=str(error), exc_info=not isinstance(error, ModelResolutionError))
+            log.error("engine not built", error=str(error), exc_info=not isinstance(error, _EXPLAINED))
             self._loop.call_soon_threadsafe(host.engine_failed, error)
         else:
             self._attached.set()
@@ -125,8 +142,9 @@ class _Process:
                 bootstrap_port=config.disaggregation_bootstrap_port,
                 transfer_host=transfer_host,
                 transfer_backend=config.disaggregation_transfer_backend,
-                page_size=config.page_size,
+                fields=config.engine_fields,
                 native_args=config.native_args,
+                native_file=config.native_file,
                 backstop_timeout_s=config.backstop_timeout,
             )
         )
@@ -144,22 +162,44 @@ class _Process:
         return self._config.served_model_name or self._resolved.name_hint
 
 
+def _check_engine_flags(config: WorkerConfig) -> None:
+    """A mistake in a flag of the engine's own is found before a model is downloaded. Raises ConfigError."""
+    foreign = [*config.native_args, *(config.native_file.values if config.native_file is not None else ())]
+    if config.engine == "simulated":
+        parallel = [flag for flag in ("tp", "nnodes") if (getattr(config, flag) or 1) > 1]
+        if foreign or parallel:
+            refused = " ".join([*foreign, *(f"--{flag}" for flag in parallel)])
+            raise ConfigError(f"--engine simulated takes no flags of SGLang: {refused}")
+    elif foreign:
+        # Imported late: SGLang pulls torch, and health must answer before that is done.
+        from services.worker.engines.sglang import check_native_flags
+
+        try:
+            check_native_flags(config.device, config.native_args, config.native_file)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
 def _resolve_model(config: WorkerConfig) -> ResolvedModel:
     """The simulated engine needs no model: any name will do, and a folder only for its tokenizer."""
-    if config.engine != "simulated":
-        return resolve_model_path(config.model_path)
-    path = Path(config.model_path).expanduser()
-    return ResolvedModel(path, path.name, "simulated")
+    if config.engine == "simulated":
+        path = Path(config.model_path).expanduser()
+        return ResolvedModel(path, path.name, "simulated")
+
+    def tell(message: str) -> None:
+        log.info("model", progress=message)
+
+    if config.node_rank:
+        return wait_for_model(config.model_path, timeout=config.model_timeout, progress=tell)
+    return resolve_model_path(config.model_path, progress=tell)
 
 
 def _simulated_engine(config: WorkerConfig, transfer_host: str) -> Engine:
     from services.worker.engines.simulated import Addresses, SimulatedEngine, parse_options
 
-    if config.native_args:
-        raise ValueError(f"--engine simulated takes no flags of SGLang: {' '.join(config.native_args)}")
     timeout = config.backstop_timeout
     defaults: dict[str, float] = {"bootstrap_timeout": timeout, "waiting_timeout": timeout}
-    if config.page_size is not None:
-        defaults["page_size"] = config.page_size
+    sizes = {"page_size": config.page_size, "dp_size": config.dp}
+    defaults |= {name: size for name, size in sizes.items() if size is not None}
     addresses = Addresses(config.host, config.disaggregation_bootstrap_port, transfer_host)
     return SimulatedEngine(config.role, parse_options(config.sim, **defaults), addresses)

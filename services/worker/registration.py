@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 import uuid
@@ -11,6 +10,8 @@ import uuid
 from kvbaton.v1 import model_pb2, worker_pb2
 from services.config.worker import WorkerConfig
 from services.models.tokenizer_files import TokenizerFile, digest
+from services.modes import Mode, mode_of
+from services.registry.compat import compat_hash
 from services.requests import Role
 from services.transport import join_host_port
 from services.version import own_version
@@ -42,6 +43,7 @@ def build_record(
     instance_id: str,
     incarnation: worker_pb2.Incarnation,
     advertise_host: str,
+    bootstrap_host: str,
     grpc_port: int,
     system_port: int,
     model: worker_pb2.ModelIdentity,
@@ -49,6 +51,7 @@ def build_record(
     has_tokenizer: bool,
 ) -> worker_pb2.WorkerRecord:
     """The record, state SERVING, with its compat hash."""
+    mode = mode_of(config.role)
     record = worker_pb2.WorkerRecord(
         instance_id=instance_id,
         role=config.role.to_proto(),
@@ -57,10 +60,12 @@ def build_record(
         grpc_endpoint=join_host_port(advertise_host, grpc_port),
         system_endpoint=join_host_port(advertise_host, system_port),
         model=model,
-        runtime=_runtime(config.role, info, has_tokenizer),
+        runtime=_runtime(mode, info, has_tokenizer),
+        needs=[role.to_proto() for role in mode.needs],
+        allow_version_skew=config.allow_version_skew,
     )
-    if config.role is Role.PREFILL:
-        record.bootstrap.host = advertise_host
+    if mode.has_bootstrap:
+        record.bootstrap.host = bootstrap_host
         record.bootstrap.port = config.disaggregation_bootstrap_port
     record.compat_hash = compat_hash(record)
     return record
@@ -79,38 +84,12 @@ def build_model_info(
     )
 
 
-def compat_hash(record: worker_pb2.WorkerRecord) -> str:
-    """Equal for workers that can hand a KV cache to each other."""
-    return hashlib.sha256(json.dumps(compat_parts(record), sort_keys=True).encode()).hexdigest()[:32]
-
-
-def compat_parts(record: worker_pb2.WorkerRecord) -> dict[str, str | int]:
-    """What two workers must have in common: all that shapes a page, or speaks the hand-shake.
-
-    NIXL agrees on its wire format within one major.minor version.
-    """
-    runtime = record.runtime
-    return {
-        "model": record.model.name,
-        "revision": record.model.revision,
-        "page_size": runtime.page_size,
-        "kv_cache_dtype": runtime.kv_cache_dtype,
-        "kv_bytes_per_token": runtime.kv_bytes_per_token,
-        "tp_size": runtime.tp_size,
-        "pp_size": runtime.pp_size,
-        "transfer_backend": runtime.transfer_backend,
-        "engine": runtime.versions.engine,
-        "engine_version": runtime.versions.engine_version,
-        "nixl": ".".join(runtime.versions.nixl.split(".")[:2]),
-    }
-
-
-def _context_length(role: Role, info: EngineInfo) -> int:
+def _context_length(mode: Mode, info: EngineInfo) -> int:
     """Where the answer is generated, a request can't outgrow the KV pool either; prefill holds the prompt only."""
-    return info.context_length if role is Role.PREFILL else min(info.context_length, info.max_total_tokens)
+    return min(info.context_length, info.max_total_tokens) if mode.answers else info.context_length
 
 
-def _runtime(role: Role, info: EngineInfo, has_tokenizer: bool) -> worker_pb2.RuntimeConfig:
+def _runtime(mode: Mode, info: EngineInfo, has_tokenizer: bool) -> worker_pb2.RuntimeConfig:
     return worker_pb2.RuntimeConfig(
         page_size=info.page_size,
         total_kv_pages=info.total_kv_pages,
@@ -118,7 +97,7 @@ def _runtime(role: Role, info: EngineInfo, has_tokenizer: bool) -> worker_pb2.Ru
         max_running_requests=info.max_running_requests,
         max_batched_tokens=info.max_batched_tokens,
         max_prompt_tokens=info.max_prompt_tokens,
-        context_length=_context_length(role, info),
+        context_length=_context_length(mode, info),
         vocab_size=info.vocab_size,
         tp_size=info.tp_size,
         pp_size=info.pp_size,

@@ -15,8 +15,8 @@ from services.config.common import EtcdFlags
 from services.config.frontend import FrontendConfig
 from services.config.worker import WorkerConfig
 from services.frontend.server import Frontend
+from services.modes import contract_of
 from services.requests import Role
-from services.roles import contract_of
 from services.worker.host import WorkerHost
 from tests.support.fake_engine import Behaviour, FakeEngine, Rooms
 from tests.support.ports import free_port

@@ -69,7 +69,7 @@ class Processes:
         system_port = free_port()
         self.system_endpoints[name] = f"127.0.0.1:{system_port}"
         ports = ("--port", str(free_port()), "--system-port", str(system_port))
-        bootstrap = ("--disaggregation-bootstrap-port", str(free_port()))
+        bootstrap = ("--disaggregation-bootstrap-port", str(free_port())) if "prefill" in arguments else ()
         engine = ("--engine", "simulated", "--sim", sim, "--model-path", "no-model", "--drain-grace", "0.1")
         self._start(name, *arguments, *ports, *bootstrap, *engine)
 

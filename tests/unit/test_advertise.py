@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.worker.advertise import AdvertiseError, advertised_host
+from services.worker.advertise import AdvertiseError, advertised_host, bootstrap_host
 
 LOCAL, REMOTE = ["127.0.0.1:2379"], ["203.0.113.7:2379"]
 
@@ -35,3 +35,31 @@ def test_unreachable_addresses_are_refused(
 ) -> None:
     with pytest.raises(AdvertiseError, match=named):
         advertised_host(bind_host=bind_host, advertise_host=advertise_host, etcd_endpoints=etcd_endpoints)
+
+
+@pytest.mark.parametrize(
+    ("advertised", "dist_init_addr", "sglang_host_ip", "expected"),
+    [
+        ("10.0.0.1", "", "", "10.0.0.1"),
+        ("10.0.0.1", "10.0.0.9:5000", "", "10.0.0.9"),
+        ("10.0.0.1", "node-0.workers:5000", "", "node-0.workers"),
+        ("10.0.0.1", "10.0.0.9:5000", "10.0.0.7", "10.0.0.7"),
+        ("10.0.0.1", "127.0.0.1:5000", "", "10.0.0.1"),
+        ("10.0.0.1", "0.0.0.0:5000", "", "10.0.0.1"),
+        ("fd00::1", "", "", "[fd00::1]"),
+        ("[fd00::1]", "", "", "[fd00::1]"),
+        ("10.0.0.1", "[fd00::9]:5000", "", "[fd00::9]"),
+        ("10.0.0.1", "", "fd00::7", "[fd00::7]"),
+    ],
+)
+def test_where_decode_workers_reach_the_bootstrap_server(
+    advertised: str, dist_init_addr: str, sglang_host_ip: str, expected: str
+) -> None:
+    host = bootstrap_host(advertised=advertised, dist_init_addr=dist_init_addr, sglang_host_ip=sglang_host_ip)
+    assert host == expected
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "127.0.0.1", "::1"])
+def test_a_bootstrap_address_that_nobody_else_reaches_is_refused(address: str) -> None:
+    with pytest.raises(AdvertiseError, match=f"SGLANG_HOST_IP={address}"):
+        bootstrap_host(advertised="10.0.0.1", dist_init_addr="", sglang_host_ip=address)

@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from services.config.yaml_file import ConfigFile
+from services.transport import PortTakenError
 from services.worker.engines import sglang_death
 from services.worker.engines.protocol import (
     EngineDelta,
@@ -33,6 +36,7 @@ from services.worker.engines.sglang_compat import (
     NativeArgumentError,
     build_server_args,
     field_names,
+    file_arguments,
     is_dispatched,
     load_of,
     resolved,
@@ -140,6 +144,67 @@ class TestServerArgs:
         assert resolved(NewerServerArgs())["page_size"] == 64
 
 
+class SwitchingServerArgs(OlderServerArgs):
+    """With every kind of flag that SGLang's parser has."""
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        OlderServerArgs.add_cli_args(parser)
+        parser.add_argument("--enable-metrics", action="store_true")
+        parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=None)
+        parser.add_argument("--buckets", type=float, nargs="+")
+        parser.add_argument("--extra-config", type=str)
+
+
+class TestFile:
+    """SGLang's keys of a --config file."""
+
+    @staticmethod
+    def arguments(**values: Any) -> list[str]:
+        file = ConfigFile(Path("f.yaml"), "", {key.replace("_", "-"): value for key, value in values.items()})
+        return file_arguments(SwitchingServerArgs, file)
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ({"enable_metrics": True}, ["--enable-metrics"]),
+            ({"enable_metrics": False}, []),
+            ({"overlap": True}, ["--overlap"]),
+            ({"overlap": False}, ["--no-overlap"]),
+            ({"buckets": [1, 2.5]}, ["--buckets", "1", "2.5"]),
+            ({"buckets": []}, []),
+            ({"page_size": 32}, ["--page-size=32"]),
+            ({"page_size": "32"}, ["--page-size=32"]),
+            ({"extra_config": {"a": [1]}}, ['--extra-config={"a": [1]}']),
+            ({"extra_config": "-x"}, ["--extra-config=-x"]),
+        ],
+    )
+    def test_each_kind_of_value(self, values: dict[str, Any], expected: list[str]) -> None:
+        assert self.arguments(**values) == expected
+
+    @pytest.mark.parametrize(
+        ("values", "named"),
+        [
+            ({"no_such": 1}, "f.yaml: no-such: neither Baton nor SGLang"),
+            ({"enable_metrics": "yes"}, "f.yaml: enable-metrics: 'yes' is not true or false"),
+            ({"page_size": "many"}, "f.yaml: page-size: .*invalid int"),
+            ({"page_size": [1, 2]}, "f.yaml: page-size: a list"),
+            ({"page_size": None}, "f.yaml: page-size: there is no value"),
+            ({"buckets": ["x"]}, "f.yaml: buckets: .*invalid float"),
+        ],
+    )
+    def test_mistakes_name_file_and_key(self, values: dict[str, Any], named: str) -> None:
+        with pytest.raises(NativeArgumentError, match=named):
+            self.arguments(**values)
+
+    def test_flags_win_over_the_file_and_the_file_over_our_defaults(self) -> None:
+        file = ConfigFile(Path("f.yaml"), "", {"page-size": 32, "log-level": "debug"})
+        args = build_server_args(
+            OlderServerArgs, ["--page-size", "64"], file, defaults={"log_level": "warning"}, forced={"model_path": "m"}
+        )
+        assert (args.page_size, args.log_level) == (64, "debug")
+
+
 class TestFields:
     def test_prefill_alone_has_a_bootstrap_address(self) -> None:
         fields = forced_fields(options(Role.PREFILL, bootstrap_host="10.0.0.1", bootstrap_port=12345))
@@ -152,8 +217,12 @@ class TestFields:
         assert forced_fields(options())["disaggregation_mode"] == "null"
 
     def test_a_page_size_of_ours_is_forced_and_none_is_sglangs_choice(self) -> None:
-        assert forced_fields(options(page_size=64))["page_size"] == 64
+        assert forced_fields(options(fields={"page_size": 64}))["page_size"] == 64
         assert "page_size" not in forced_fields(options())
+
+    def test_an_ipv6_address_is_bound_without_brackets(self) -> None:
+        assert forced_fields(options(Role.PREFILL, bootstrap_host="[::1]"))["host"] == "::1"
+        assert environment(options(transfer_host="[fd00::1]"), Path("/t"), {})["SGLANG_HOST_IP"] == "fd00::1"
 
     def test_on_cuda_nothing_but_the_log_level_is_a_default_of_ours(self) -> None:
         assert default_fields(options(Role.DECODE)) == {"log_level": "warning"}
@@ -161,6 +230,21 @@ class TestFields:
     def test_on_a_cpu_both_roles_go_without_the_overlap_scheduler(self) -> None:
         assert default_fields(options(Role.PREFILL, device="cpu"))["disable_overlap_schedule"] is True
         assert "disable_overlap_schedule" not in default_fields(options(device="cpu"))
+
+
+class TestBootstrapPort:
+    """After the launch, which takes minutes in which somebody else may have taken the port."""
+
+    def test_a_server_of_our_own_is_fine(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as own:
+            engine = SglangEngine(options(Role.PREFILL, bootstrap_port=own.getsockname()[1]))
+            engine._require_own_bootstrap_server()
+
+    def test_no_server_of_our_own_is_a_lost_port(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("services.worker.engines.sglang._BOOTSTRAP_LISTEN_TIMEOUT_S", 0.1)
+        engine = SglangEngine(options(Role.PREFILL, bootstrap_port=1))
+        with pytest.raises(PortTakenError, match=r"127\.0\.0\.1:1: .*--disaggregation-bootstrap-port"):
+            engine._require_own_bootstrap_server()
 
 
 class TestEnvironment:

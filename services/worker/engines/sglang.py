@@ -17,11 +17,14 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import structlog
 
+from services.config.yaml_file import ConfigFile
+from services.modes import Probe
+from services.transport import PortTakenError, join_host_port
 from services.worker.engines import sglang_compat as compat
 from services.worker.engines.probe import generate_one_token
 from services.worker.engines.protocol import (
@@ -44,15 +47,15 @@ from services.worker.engines.sglang_launch import (
     forced_fields,
     prepare_import_path,
     remove_stale_tmp_dirs,
-    require_free_port,
 )
 from services.worker.engines.sglang_logging import write_logging_config
 from services.worker.engines.sglang_stream import Chunk, LiveRequest, call_arguments, check_request
 
-__all__ = ["SglangEngine", "SglangOptions"]
+__all__ = ["SglangEngine", "SglangOptions", "check_native_flags"]
 
 _FIRST_SNAPSHOT_TIMEOUT_S = 10.0
 _LOADS_TIMEOUT_S = 1.0
+_BOOTSTRAP_LISTEN_TIMEOUT_S = 5.0
 _ABORT_RETRY_S = 0.01
 _KILL_TIMEOUT_S = 30.0
 # Past SGLang's own time-outs, whose messages say more.
@@ -60,6 +63,17 @@ _BACKSTOP_MARGIN_S = 2.0
 _SPAWN_SETTLING_S = 0.1
 
 _log = structlog.get_logger(__name__)
+
+
+def check_native_flags(
+    device: Literal["cpu", "cuda"], native_args: Sequence[str], native_file: ConfigFile | None
+) -> None:
+    """Raises NativeArgumentError for what SGLang's parser refuses. Loads SGLang, which takes seconds."""
+    prepare_import_path(device)
+    if device == "cpu":
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    server_args = compat.server_args_class()
+    compat.given_fields(server_args, [*compat.file_arguments(server_args, native_file), *native_args])
 
 
 class SglangEngine:
@@ -86,8 +100,6 @@ class SglangEngine:
             raise RuntimeError("an SGLang engine has to be built in the main thread")
         options = self._options
         prepare_import_path(options.device)
-        if options.role is Role.PREFILL:
-            require_free_port(options.bootstrap_host, options.bootstrap_port)
         remove_stale_tmp_dirs(options.tmp_root)
         self._tmp_dir = TmpDir(options.tmp_root)
         apply_environment(options, self._tmp_dir.path, os.environ)
@@ -173,7 +185,8 @@ class SglangEngine:
         """See the protocol. In a prefill or decode role it proves the scheduler and not the transfer."""
         try:
             async with asyncio.timeout(self._options.probe_timeout_s):
-                port = self._options.bootstrap_port if self._options.disaggregated else None
+                pretended = self._options.mode.probe is Probe.TOKEN_WITHOUT_PEER
+                port = self._options.bootstrap_port if pretended else None
                 await generate_one_token(self, dp_rank=dp_rank, bootstrap_port=port)
         except TimeoutError:
             raise TimeoutError(f"no token within {self._options.probe_timeout_s:g} s") from None
@@ -212,6 +225,7 @@ class SglangEngine:
         server_args = compat.build_server_args(
             compat.server_args_class(),
             options.native_args,
+            options.native_file,
             defaults=default_fields(options),
             forced=forced_fields(options),
         )
@@ -231,12 +245,29 @@ class SglangEngine:
         atexit.register(self.shutdown)
         take_sigquit(self._death)
         self._death.watch(sglang.get_all_child_pids())
+        if self._options.mode.has_bootstrap:
+            self._require_own_bootstrap_server()
         self._info = engine_info(
             sglang,
             scheduler_info=sglang._scheduler_init_result.scheduler_infos[0],  # noqa: SLF001
             max_running_requests=self._max_running_requests(),
             seeds_always=self._options.device == "cpu",
         )
+
+    def _require_own_bootstrap_server(self) -> None:
+        """Raises PortTakenError when somebody else took the port while the engine was being built.
+
+        SGLang only logs that, and its schedulers have then registered at a stranger's.
+        """
+        options, deadline = self._options, time.monotonic() + _BOOTSTRAP_LISTEN_TIMEOUT_S
+        while options.bootstrap_port not in _listening_ports():
+            if time.monotonic() > deadline:
+                address = join_host_port(options.bootstrap_host, options.bootstrap_port)
+                raise PortTakenError(
+                    f"can't listen on {address}: lost while the engine was being built; choose another with"
+                    " --disaggregation-bootstrap-port"
+                )
+            time.sleep(0.05)
 
     def _max_running_requests(self) -> int:
         """Per rank, from the schedulers' first load snapshot: SGLang derives it from the memory that is left."""
@@ -313,6 +344,16 @@ def _kill_children() -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         psutil.wait_procs(children, timeout=1.0)
+
+
+def _listening_ports() -> set[int]:
+    """TCP ports on which this process and its children listen."""
+    found: set[int] = set()
+    for process in [psutil.Process(), *_running_children()]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sockets = process.net_connections("tcp")
+            found |= {each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN}
+    return found
 
 
 def _running_children() -> list[psutil.Process]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from services.config.yaml_file import ConfigFile
 from services.worker.engines.protocol import EngineLoad
 
 # Fields that the older version lacks; without them it behaves as Baton needs.
@@ -54,14 +56,67 @@ def given_fields(server_args: Any, native_args: Sequence[str]) -> dict[str, Any]
     return vars(parser.parse_args(list(native_args)))
 
 
+def file_arguments(server_args: Any, file: ConfigFile | None) -> list[str]:
+    """SGLang's keys of a file as flags, by what its parser says of each: switches, lists, JSON.
+
+    Raises NativeArgumentError naming file and key.
+    """
+    if file is None:
+        return []
+    parser = _parser(server_args)
+    actions = {option: action for action in parser._actions for option in action.option_strings}  # noqa: SLF001
+    arguments: list[str] = []
+    for key, value in file.values.items():
+        action = actions.get(f"--{key}") or actions.get(f"--{key.replace('-', '_')}")
+        if action is None:
+            raise NativeArgumentError(f"{file.where(key)}: neither Baton nor SGLang has such a setting")
+        words = _as_arguments(action, key, value, file.where(key))
+        try:
+            if words:
+                given_fields(server_args, words)
+        except NativeArgumentError as error:
+            raise NativeArgumentError(f"{file.where(key)}: {error}") from error
+        arguments += words
+    return arguments
+
+
+def _as_arguments(action: argparse.Action, key: str, value: Any, where: str) -> list[str]:
+    flag = next(option for option in action.option_strings if option[2:].replace("_", "-") == key)
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise NativeArgumentError(f"{where}: {value!r} is not true or false, and {flag} is a switch")
+        negated = f"--no-{key}"
+        return [flag] if value else [negated] if negated in action.option_strings else []
+    if value is None:
+        raise NativeArgumentError(f"{where}: there is no value")
+    if isinstance(value, list):
+        if action.nargs is None:
+            raise NativeArgumentError(f"{where}: a list, and {flag} takes one value")
+        return [flag, *map(_as_word, value)] if value else []
+    # With "=": a value may begin with a dash.
+    return [f"{flag}={_as_word(value)}"]
+
+
+def _as_word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+
+
 def build_server_args(
-    server_args: Any, native_args: Sequence[str], *, defaults: Mapping[str, Any], forced: Mapping[str, Any]
+    server_args: Any,
+    native_args: Sequence[str],
+    file: ConfigFile | None = None,
+    *,
+    defaults: Mapping[str, Any],
+    forced: Mapping[str, Any],
 ) -> Any:
-    """A `ServerArgs`: SGLang's defaults, then ours, then `native_args`, then `forced`.
+    """A `ServerArgs`: SGLang's defaults, then ours, then the `file`, then `native_args`, then `forced`.
 
     Raises NativeArgumentError for flags that SGLang refuses or that contradict `forced`, and whatever 0.5.17's
     constructor raises for a combination that it refuses (0.5.23 checks combinations when the engine is built).
     """
+    native_args = [*file_arguments(server_args, file), *native_args]
     given = given_fields(server_args, native_args)
     for name in sorted(forced.keys() & given.keys()):
         if given[name] != forced[name]:

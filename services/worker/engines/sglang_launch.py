@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import getpass
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from services.config.yaml_file import ConfigFile
+from services.modes import Mode, mode_of
 from services.worker.engines.protocol import Role
 from services.worker.engines.sglang_death import on_sigquit
 
@@ -46,11 +46,14 @@ class SglangOptions:
 
     transfer_backend: str = "nixl"
 
-    page_size: int | None = None
-    """Tokens per KV page; None: 16 on a CPU, SGLang's own choice on a GPU."""
+    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of SGLang's `ServerArgs` that have flags of Baton's (page_size, tp_size, ...) and are set."""
 
     native_args: tuple[str, ...] = ()
     """SGLang's own flags, parsed by SGLang's own parser."""
+
+    native_file: ConfigFile | None = None
+    """The same from the file of --config; flags win."""
 
     backstop_timeout_s: float = 120.0
     """When SGLang itself gives up a hand-shake or a transfer; longer than every deadline of ours."""
@@ -68,9 +71,9 @@ class SglangOptions:
     """Where the engine's private temporary folder is made; short, because socket paths are."""
 
     @property
-    def disaggregated(self) -> bool:
-        """True for a prefill or a decode engine."""
-        return self.role is not Role.AGGREGATED
+    def mode(self) -> Mode:
+        """What the role makes of the engine."""
+        return mode_of(self.role)
 
 
 def forced_fields(options: SglangOptions) -> dict[str, Any]:
@@ -82,16 +85,13 @@ def forced_fields(options: SglangOptions) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "incremental_streaming_output": True,
         "custom_sigquit_handler": on_sigquit,
+        **options.fields,
+        **options.mode.engine_fields,
     }
-    if options.page_size is not None:
-        fields["page_size"] = options.page_size
-    if options.disaggregated:
-        fields["disaggregation_mode"] = options.role.value
+    if options.mode.disaggregated:
         fields["disaggregation_transfer_backend"] = options.transfer_backend
-    else:
-        fields["disaggregation_mode"] = "null"
-    if options.role is Role.PREFILL:
-        fields["host"] = options.bootstrap_host
+    if options.mode.has_bootstrap:
+        fields["host"] = options.bootstrap_host.strip("[]")
         fields["disaggregation_bootstrap_port"] = options.bootstrap_port
     return fields
 
@@ -111,7 +111,7 @@ def default_fields(options: SglangOptions) -> dict[str, Any]:
         "mem_fraction_static": 0.3,
         "sleep_on_idle": True,
     }
-    if options.disaggregated:
+    if options.mode.disaggregated:
         # The overlap scheduler of these roles makes CUDA events.
         fields["disable_overlap_schedule"] = True
         fields["disaggregation_decode_retraction_backup"] = "cpu_tensor"
@@ -143,7 +143,7 @@ def environment(options: SglangOptions, tmp_dir: Path, inherited: Mapping[str, s
     if Path(options.model_path).exists():
         defaults["HF_HUB_OFFLINE"] = "1"
     if options.transfer_host:
-        forced["SGLANG_HOST_IP"] = options.transfer_host
+        forced["SGLANG_HOST_IP"] = options.transfer_host.strip("[]")
     if options.device == "cpu":
         forced["SGLANG_USE_CPU_ENGINE"] = "1"
         # UCX hooks mmap for GPU memory; without them an agent starts in 20 ms instead of 420.
@@ -215,18 +215,3 @@ def remove_stale_tmp_dirs(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(lock)
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Raise RuntimeError when nothing can bind there.
-
-    SGLang's bootstrap server only logs that its port is taken, and its schedulers then register at whoever has it.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = "is taken" if error.errno == errno.EADDRINUSE else f"can't be bound: {error.strerror}"
-            raise RuntimeError(f"the bootstrap address {host}:{port} {reason}") from error
