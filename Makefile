@@ -2,7 +2,7 @@ VENV ?= .venv
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-unit test-integration test-chaos test-e2e lint format protos
+.PHONY: docs help setup model demo test test-unit test-integration test-chaos test-e2e lint format protos
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,3 +58,6 @@ format: setup ## rewrite the code as lint wants it
 
 protos: setup ## generate kvbaton/v1 from protos/
 	@PYTHON=$(VENV)/bin/python scripts/gen_protos.sh
+
+docs: setup ## generate docs/configuration.md from the code
+	@PYTHONPATH=. $(VENV)/bin/python scripts/gen_config_docs.py
