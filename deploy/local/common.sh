@@ -115,6 +115,7 @@ end() {
         while running "$name" && ((SECONDS < until)); do sleep 0.1; done
         ! running "$name" || printf '%s: %s did not end in time and is killed\n' "${0##*/}" "$name" >&2
         kill -KILL -- "-${PIDS[$name]}" 2>/dev/null || true
+        wait "${PIDS[$name]}" 2>/dev/null || true
     done
 }
 
@@ -128,6 +129,10 @@ stop() {
     end prefill decode worker
     end etcd
     rm -rf "$STATE_DIR/etcd"
-    [[ -z $FOLLOWER ]] || { sleep 0.3 && kill "$FOLLOWER" 2>/dev/null; } # its last look at the logs
+    if [[ -n $FOLLOWER ]]; then
+        sleep 0.3 # its last look at the logs
+        kill "$FOLLOWER" 2>/dev/null
+        wait "$FOLLOWER" 2>/dev/null
+    fi
     exit "$status"
 }

@@ -54,7 +54,7 @@ async def test_a_script_serves_and_leaves_nothing_behind(script: Script, number:
     status = await asyncio.to_thread(script.wait)
     assert status == (-number if number == signal.SIGKILL else 128 + number), script.text()
     # A script that was killed can wait for nobody: its processes hear of it from the kernel, and drain.
-    await eventually(lambda: not script.left(), within=0.5 if number != signal.SIGKILL else 30, what="everything gone")
+    await eventually(lambda: not script.left(), within=2 if number != signal.SIGKILL else 30, what="everything gone")
     assert_ports_are_free(script)
 
 

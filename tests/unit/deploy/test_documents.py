@@ -18,17 +18,15 @@ OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
 BLOCKS = re.findall(r"```text\n(.*?)```", TROUBLESHOOTING, re.DOTALL)
 MESSAGES = [line for block in BLOCKS for line in block.splitlines()]
-# Python: the fixed parts of every string; shell: the line as it is.
-SHORTEST = 4
+SHORTEST = 4  # characters of a fixed part that says anything
 
 
 def source_strings() -> list[str]:
     """Every string of the services, and the scripts' text; f-strings in their fixed parts."""
     strings = [path.read_text() for path in (ROOT / "deploy" / "local").glob("*.sh")]
     for path in (ROOT / "services").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                strings.append(node.value)
+        constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        strings.extend(value for value in constants if isinstance(value, str))
     return strings
 
 
