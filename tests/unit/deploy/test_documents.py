@@ -10,6 +10,7 @@ import yaml
 
 from services.config.frontend import FrontendConfig
 from services.config.worker import WorkerConfig
+from services.modes import mode_of
 from services.requests import Role
 from tests.support.commands import environment_names
 from tests.unit.deploy.conftest import ROOT
@@ -64,7 +65,9 @@ def test_the_ports_are_the_defaults() -> None:
     rows = re.findall(r"^\| (\d+) \| (\w+) \| `--([\w-]+)` \|", OPERATIONS, re.MULTILINE)
     table = {(process, flag): int(port) for port, process, flag in rows}
     frontend = FrontendConfig()
-    prefill, decode = (WorkerConfig(model_path="m").completed(role=role) for role in (Role.PREFILL, Role.DECODE))
+    prefill, decode = (
+        WorkerConfig(model_path="m").completed(mode=mode_of(role)) for role in (Role.PREFILL, Role.DECODE)
+    )
     assert table == {
         ("frontend", "port"): frontend.port,
         ("frontend", "http-port"): frontend.http_port,

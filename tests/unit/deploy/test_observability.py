@@ -16,6 +16,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.config.frontend import FrontendConfig
 from services.config.worker import WorkerConfig
+from services.modes import mode_of
 from services.requests import Role
 from services.telemetry import metrics
 from tests.unit.deploy.conftest import ROOT, Resource
@@ -140,7 +141,7 @@ def test_prometheus_scrapes_the_ports_that_processes_listen_on() -> None:
         static["labels"]["component"]: int(static["targets"][0].rpartition(":")[2])
         for static in jobs["kvbaton-local"]["static_configs"]
     }
-    workers = {role: WorkerConfig(model_path="m").completed(role=role) for role in (Role.PREFILL, Role.DECODE)}
+    workers = {role: WorkerConfig(model_path="m").completed(mode=mode_of(role)) for role in (Role.PREFILL, Role.DECODE)}
     expected = {str(role): config.system_port for role, config in workers.items()}
     assert ports == expected | {"frontend": FrontendConfig().http_port}
     for name in config["rule_files"]:
