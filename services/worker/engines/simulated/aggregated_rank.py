@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from services.worker.engines.simulated.prefix_cache import KvEvent
+from services.worker.engines.kv_events import KvEvent
 from services.worker.engines.simulated.prompt_rank import PromptRank
 from services.worker.engines.simulated.rank import Forward
 from services.worker.engines.simulated.request import Request

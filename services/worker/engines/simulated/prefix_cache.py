@@ -9,33 +9,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from services.worker.engines.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
 from services.worker.engines.simulated.oracle import to_bytes
 from services.worker.engines.simulated.pages import PageAllocator
-
-
-@dataclass(frozen=True, slots=True)
-class BlockStored:
-    """These pages can be reused from now on. Hashes are signed 64-bit integers, as SGLang's."""
-
-    block_hashes: list[int]
-    parent_block_hash: int | None
-    token_ids: list[int]
-    block_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockRemoved:
-    """These can't any more."""
-
-    block_hashes: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class AllBlocksCleared:
-    """None can."""
-
-
-KvEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 def block_hashes(tokens: Sequence[int], page_size: int) -> list[int]:

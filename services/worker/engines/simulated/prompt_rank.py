@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from services.worker.engines.kv_events import KvEvent
 from services.worker.engines.simulated.oracle import to_bytes
 from services.worker.engines.simulated.pages import BlockTable
-from services.worker.engines.simulated.prefix_cache import KvEvent, PrefixCache
+from services.worker.engines.simulated.prefix_cache import PrefixCache
 from services.worker.engines.simulated.rank import Forward, Rank
 from services.worker.engines.simulated.request import Request
 
