@@ -23,6 +23,7 @@ class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_STATE_SERVING: _ClassVar[WorkerState]
     WORKER_STATE_DRAINING: _ClassVar[WorkerState]
     WORKER_STATE_FAILED: _ClassVar[WorkerState]
+    WORKER_STATE_UNHEALTHY: _ClassVar[WorkerState]
 WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_PREFILL: WorkerRole
 WORKER_ROLE_DECODE: WorkerRole
@@ -34,6 +35,7 @@ WORKER_STATE_WARMING: WorkerState
 WORKER_STATE_SERVING: WorkerState
 WORKER_STATE_DRAINING: WorkerState
 WORKER_STATE_FAILED: WorkerState
+WORKER_STATE_UNHEALTHY: WorkerState
 
 class WorkerRecord(_message.Message):
     __slots__ = ("instance_id", "role", "state", "incarnation", "grpc_endpoint", "system_endpoint", "model", "runtime", "bootstrap", "compat_hash", "needs", "allow_version_skew")

@@ -91,6 +91,13 @@ class WorkerConfig:
     instance_id: str = flag("", "name in the registry, stable over restarts; default: role, address and port")
 
     warmup_timeout: float = flag(300.0, "seconds until every dp rank must have generated its first token")
+    health_check_payload: str = flag(
+        "", "what probes and canaries generate: JSON of a GenerateRequest's token_ids and sampling, or @FILE with it"
+    )
+    canary_interval: float = flag(10.0, "seconds without traffic until the worker probes its own engine")
+    engine_silence_timeout: float = flag(
+        30.0, "seconds that the engine may say nothing with work pending until the worker is unhealthy"
+    )
     drain_grace: float = flag(1.0, "seconds after the withdrawal in which requests are still accepted")
     drain_timeout: float = flag(30.0, "seconds that running requests have to finish on SIGTERM")
     backstop_timeout: float = flag(180.0, "seconds until SGLang itself gives up a hand-shake or transfer")
@@ -102,7 +109,15 @@ class WorkerConfig:
     trace: TraceFlags = group(TraceFlags)
 
     def __post_init__(self) -> None:
-        for name in ("warmup_timeout", "drain_timeout", "backstop_timeout", "lease_ttl", "model_timeout"):
+        for name in (
+            "warmup_timeout",
+            "canary_interval",
+            "engine_silence_timeout",
+            "drain_timeout",
+            "backstop_timeout",
+            "lease_ttl",
+            "model_timeout",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         if self.window < 0:

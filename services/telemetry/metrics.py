@@ -13,6 +13,8 @@ WORKER_LEGS = Counter("kvbaton_worker_legs", "Legs that a worker has ended.", ["
 WORKER_LIVE_LEGS = Gauge("kvbaton_worker_live_legs", "Legs that a worker has accepted and not ended.", ["role"])
 WORKER_FREE_SLOTS = Gauge("kvbaton_worker_free_slots", "Legs that a decode worker would take beside those it has.")
 WORKER_STATE = Gauge("kvbaton_worker_state", "1 for the state that the worker is in.", ["role", "state"])
+# Canaries are no legs: they stand in no other metric. Outcome: answered, failed.
+CANARIES = Counter("kvbaton_worker_canaries", "Probes of an engine without traffic.", ["role", "outcome"])
 
 # Frontend: requests, by model and outcome (finished, or the gRPC status name of the error).
 REQUESTS = Counter("kvbaton_requests", "Requests that the frontend has ended.", ["model", "outcome"])

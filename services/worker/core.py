@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -11,7 +11,7 @@ from kvbaton.v1 import model_pb2, worker_pb2
 from services.models.tokenizer_files import TokenizerFile
 from services.requests import Limits, Role
 from services.worker.credits import CreditWindow
-from services.worker.engines.protocol import Engine, EngineInfo
+from services.worker.engines.protocol import Engine, EngineInfo, EngineLoad, ProbePayload
 from services.worker.legs import LiveLegs
 from services.worker.lifecycle import Lifecycle
 
@@ -26,6 +26,7 @@ class Loaded:
     record: worker_pb2.WorkerRecord
     model_info: model_pb2.ModelInfo
     tokenizer_files: tuple[TokenizerFile, ...]
+    probe_payload: ProbePayload
 
 
 class WorkerCore:
@@ -40,6 +41,8 @@ class WorkerCore:
         # None where legs need no credit: prefill queues in its engine.
         self.window = None if role is Role.PREFILL else CreditWindow(self.legs)
         self.accepting = False
+        self.canary_rank: int | None = None
+        """The dp rank that a canary runs on."""
         self._loaded: Loaded | None = None
 
     @property
@@ -61,7 +64,7 @@ class WorkerCore:
 
     def require_accepting(self) -> Loaded:
         """What is loaded, or UNAVAILABLE when no new request is taken."""
-        if not self.accepting:
+        if not self.accepting or self.lifecycle.state == worker_pb2.WORKER_STATE_UNHEALTHY:
             draining = self.lifecycle.state == worker_pb2.WORKER_STATE_DRAINING
             raise self.unavailable(Reason.WORKER_DRAINING if draining else Reason.WORKER_NOT_SERVING)
         return self.require_loaded()
@@ -78,6 +81,20 @@ class WorkerCore:
             retry_after=1.0,
         )
 
+    async def loads(self) -> list[EngineLoad]:
+        """What the engine reports, without a canary that it may be running: that is no traffic.
+
+        Raises TimeoutError, EngineDeadError.
+        """
+        ranks = await self.require_loaded().engine.loads()
+        return [_without_canary(rank) if rank.dp_rank == self.canary_rank else rank for rank in ranks]
+
     async def _abort_in_engine(self, engine_id: str) -> None:
         if self._loaded is not None:
             await self._loaded.engine.abort(engine_id)
+
+
+def _without_canary(load: EngineLoad) -> EngineLoad:
+    if load.running_requests:
+        return replace(load, running_requests=load.running_requests - 1)
+    return replace(load, waiting_requests=max(0, load.waiting_requests - 1))

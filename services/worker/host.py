@@ -44,6 +44,8 @@ from services.worker import registration, system_http
 from services.worker.advertise import advertised_host, bootstrap_host
 from services.worker.core import Loaded, WorkerCore
 from services.worker.engines.protocol import Engine
+from services.worker.health.canary import Canary
+from services.worker.health.payload import HealthCheck
 from services.worker.leg_runner import LegRunner
 from services.worker.lifecycle import Lifecycle
 from services.worker.role import RoleContract
@@ -58,6 +60,8 @@ T = TypeVar("T")
 # After the drain's deadline, seconds for the engine to drop what was aborted.
 _ABORT_GRACE = 10.0
 _OWN_PROBE_TIMEOUT = 60.0
+
+_SERVING, _UNHEALTHY = worker_pb2.WORKER_STATE_SERVING, worker_pb2.WORKER_STATE_UNHEALTHY
 
 SERVICE_NAMES = (
     generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
@@ -83,7 +87,7 @@ class WorkerHost:
     ) -> None:
         """`model_path` gives the model's folder and identity once the engine is built.
 
-        Raises AdvertiseError, and ValueError for names and files that can't be used.
+        Raises AdvertiseError, and ValueError for names, files and payloads that can't be used.
         """
         self._config = config
         self._model_path = model_path
@@ -104,6 +108,7 @@ class WorkerHost:
         self._core = WorkerCore(
             config.role, instance_id, registration.new_incarnation(), Lifecycle(config.role, self._health)
         )
+        self._health_check = HealthCheck.parse(config.health_check_payload)
         self._etcd = EtcdClient(config.etcd.endpoints, config.etcd.tls())
         self._contract = make_contract(config.role, self._etcd, config.etcd.namespace)
         self._hurry = asyncio.Event()
@@ -177,9 +182,9 @@ class WorkerHost:
         try:
             async with asyncio.timeout(self._config.warmup_timeout):
                 await engine.attach()
-                for rank in range(engine.info().dp_size):
-                    await engine.probe(rank)
                 loaded = await asyncio.to_thread(self._describe, engine, grpc_port, system_port)
+                for rank in range(loaded.info.dp_size):
+                    await engine.probe(rank, loaded.probe_payload)
                 window = self._config.window or loaded.info.max_running_requests * loaded.info.dp_size
                 self._core.attach(loaded, window=window)
                 await self._probe_own_socket(grpc_port)
@@ -229,17 +234,31 @@ class WorkerHost:
                 log.info("registered", instance_id=record.instance_id, endpoint=record.grpc_endpoint)
             raise await publisher.superseded()
 
+        async def judge(ailment: str) -> None:
+            await self._core.lifecycle.enter(_UNHEALTHY if ailment else _SERVING, ailment)
+            judged = worker_pb2.WorkerRecord()
+            judged.CopyFrom(record)
+            judged.state = self._core.lifecycle.state
+            with contextlib.suppress(NewerIncarnationError):  # `publish` hears of it
+                await publisher.update(judged)
+
+        config = self._config
+        canary = Canary(self._core, judge, interval=config.canary_interval, silence=config.engine_silence_timeout)
         dead, publishing = asyncio.create_task(engine.wait_dead()), asyncio.create_task(publish())
+        watching = asyncio.create_task(canary.run(), name="canary")
+        tasks = (dead, publishing, watching)
         try:
-            await asyncio.wait({dead, publishing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if dead.done():
                 return dead.result()
-            publishing.result()
-            raise AssertionError("publishing ends by raising only")
+            for ended in (publishing, watching):
+                if ended.done():
+                    ended.result()
+            raise AssertionError("publishing and the canary end by raising only")
         finally:
-            for task in (dead, publishing):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(dead, publishing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _drain(self, publisher: RecordPublisher, detail: str = "") -> None:
         """Withdraw first, so that nobody is refused who could not know; then finish, then delete."""
@@ -272,7 +291,9 @@ class WorkerHost:
             has_tokenizer=bool(files),
         )
         model_info = registration.build_model_info(record, info, files)
-        return Loaded(engine, info, Limits.from_runtime(record.runtime), record, model_info, files)
+        limits = Limits.from_runtime(record.runtime)
+        payload = self._health_check.payload(limits)
+        return Loaded(engine, info, limits, record, model_info, files, payload)
 
     async def _probe_own_socket(self, grpc_port: int) -> None:
         """The first generation that came in through the port others will use."""

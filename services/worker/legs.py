@@ -84,6 +84,11 @@ class LiveLegs:
         return len(self._legs)
 
     @property
+    def last_word(self) -> float:
+        """When the engine last said anything of a leg, or got its first one after a rest; on the monotonic clock."""
+        return self._last_word
+
+    @property
     def engine_silence(self) -> float | None:
         """Seconds since the engine last said anything; None without live legs."""
         return time.monotonic() - self._last_word if self._legs else None

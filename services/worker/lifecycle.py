@@ -14,8 +14,20 @@ from services.telemetry import metrics
 log = structlog.get_logger()
 
 
+# Who has the same rank may follow each other in any order; nobody goes back to a lower one.
+_RANKS: dict[worker_pb2.WorkerState, int] = {
+    worker_pb2.WORKER_STATE_STARTING: 0,
+    worker_pb2.WORKER_STATE_LOADING: 1,
+    worker_pb2.WORKER_STATE_WARMING: 2,
+    worker_pb2.WORKER_STATE_SERVING: 3,
+    worker_pb2.WORKER_STATE_UNHEALTHY: 3,
+    worker_pb2.WORKER_STATE_DRAINING: 4,
+    worker_pb2.WORKER_STATE_FAILED: 5,
+}
+
+
 class Lifecycle:
-    """STARTING → LOADING → WARMING → SERVING → DRAINING, or FAILED from anywhere. Never backwards.
+    """STARTING → LOADING → WARMING → SERVING ⇄ UNHEALTHY → DRAINING, or FAILED from anywhere. Never backwards.
 
     Belongs to the serving loop.
     """
@@ -40,7 +52,7 @@ class Lifecycle:
 
     async def enter(self, state: worker_pb2.WorkerState, detail: str = "") -> None:
         """Goes on to a later state. A step backwards is a bug: ValueError."""
-        if state < self.state:
+        if _RANKS[state] < _RANKS[self.state]:
             raise ValueError(f"worker state can't go from {self.state} back to {state}")
         if state == self.state and detail == self.detail:
             return

@@ -20,6 +20,7 @@ from services.worker.engines.protocol import (
     EngineLoad,
     EngineRequest,
     Finish,
+    ProbePayload,
 )
 
 VOCABULARY = 49152
@@ -50,6 +51,10 @@ class Behaviour:
     """Non-empty: every request ends at once with Finish.ABORT and this message."""
     wrong_first_token: bool = False
     hang: bool = False
+    probe_fails: str = ""
+    """Non-empty: probes fail with this message."""
+    probe_hangs: bool = False
+    dp_size: int = 1
     cached_tokens: int = 0
 
 
@@ -66,6 +71,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self._dead: asyncio.Future[str] | None = None
         self.probes = 0
+        self.probed: list[tuple[int, ProbePayload | None]] = []
 
     def start(self) -> None:
         """Nothing to load."""
@@ -95,7 +101,7 @@ class FakeEngine:
             vocab_size=VOCABULARY,
             tp_size=1,
             pp_size=1,
-            dp_size=1,
+            dp_size=self.behaviour.dp_size,
             kv_cache_dtype="float32",
             kv_bytes_per_token=1,
             transfer_backend="nixl",
@@ -168,8 +174,13 @@ class FakeEngine:
     async def loads(self) -> list[EngineLoad]:
         return [EngineLoad(0, len(self.live), 0, 16 * len(self.live), 4096)]
 
-    async def probe(self, dp_rank: int = 0) -> None:
+    async def probe(self, dp_rank: int = 0, payload: ProbePayload | None = None) -> None:
         self.probes += 1
+        self.probed.append((dp_rank, payload))
+        if self.behaviour.probe_hangs:
+            await asyncio.Event().wait()
+        if self.behaviour.probe_fails:
+            raise RuntimeError(self.behaviour.probe_fails)
 
     async def wait_dead(self) -> str:
         assert self._dead is not None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import grpc.aio
 import structlog
+from grpc_health.v1 import health_pb2 as grpc_health_pb2
+from grpc_health.v1 import health_pb2_grpc as grpc_health_pb2_grpc
 
 from kvbaton.errors import RequestError
 from kvbaton.v1 import (
@@ -35,9 +38,11 @@ _RETRY_SECONDS = 0.25
 
 
 class Worker:
-    """Routable while its record says SERVING, its own Status says so with the same incarnation, and it is connected.
+    """Routable while it says SERVING with its record's incarnation, it is connected, and the record isn't withdrawn.
 
-    A broken connection makes it unroutable at once: the channel's state is watched, not the next request's failure.
+    What it says of itself decides, not the record, which can't follow while etcd is away. Both a broken connection and
+    bad health make it unroutable at once: the channel's state and grpc.health are watched, not the next request's
+    failure.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class Worker:
     @property
     def routable(self) -> bool:
         """Whether a new request may go here."""
-        return self._answers and self.link.healthy and self.record.state == worker_pb2.WORKER_STATE_SERVING
+        return self._answers and self.link.healthy and self.record.state != worker_pb2.WORKER_STATE_DRAINING
 
     @property
     def reason(self) -> str:
@@ -151,13 +156,12 @@ class Worker:
         return StreamLink(self._channel, worker=self.instance_id, leg=self.role, total_timeout=config.total_timeout)
 
     async def _watch(self) -> None:
-        """Asks until it serves, then waits until the connection breaks, for ever."""
+        """Asks until it serves, then waits until it doesn't, for ever."""
         while True:
             problem = await self._ask()
             if problem is None:
                 self._set_answers(True, "")
-                await self._until_disconnected()
-                self._set_answers(False, "connection lost")
+                self._set_answers(False, await self._until_unwell())
             else:
                 self._set_answers(False, problem)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -186,6 +190,29 @@ class Worker:
                 log.exception("unexpected answer of a worker", worker=self.instance_id)
             return problem
         return None
+
+    async def _until_unwell(self) -> str:
+        """Waits until the connection breaks or the worker says that it doesn't serve; returns which."""
+        disconnected = asyncio.create_task(self._until_disconnected())
+        not_serving = asyncio.create_task(self._until_not_serving())
+        try:
+            await asyncio.wait({disconnected, not_serving}, return_when=asyncio.FIRST_COMPLETED)
+            return "says that it does not serve" if not_serving.done() and not_serving.result() else "connection lost"
+        finally:
+            for task in (disconnected, not_serving):
+                task.cancel()
+            await asyncio.gather(disconnected, not_serving, return_exceptions=True)
+
+    async def _until_not_serving(self) -> bool:
+        """True when its grpc.health says so; False when the stream breaks, which says nothing of its health."""
+        stub: Any = grpc_health_pb2_grpc.HealthStub(self._channel)
+        try:
+            async for update in stub.Watch(grpc_health_pb2.HealthCheckRequest()):
+                if update.status != grpc_health_pb2.HealthCheckResponse.SERVING:
+                    return True
+        except grpc.aio.AioRpcError as error:
+            log.debug("health stream ended", worker=self.instance_id, error=error.code().name)
+        return False
 
     async def _until_disconnected(self) -> None:
         while (state := self._channel.get_state()) is grpc.ChannelConnectivity.READY:

@@ -5,12 +5,15 @@ Two implementations: `sglang` and, for scale and faults, `simulated`. Nothing of
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from prometheus_client import Metric
+
 from services.requests import Role, Room, Sampling
+from services.worker.engines.kv_events import KvChange
 
 __all__ = ["Role", "Room", "Sampling"]
 
@@ -29,6 +32,14 @@ class EngineRequest:
     room: Room | None = None
     dp_rank: int | None = None
     trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbePayload:
+    """What a probe generates from; the first token of any vocabulary unless an operator knows a better one."""
+
+    token_ids: tuple[int, ...] = (0,)
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=1, temperature=0.0))
 
 
 class Finish(StrEnum):
@@ -88,6 +99,8 @@ class EngineInfo:
     seeded_sampling: bool
     tool_call_parser: str = ""
     reasoning_parser: str = ""
+    # Whether `Engine.kv_events` tells anything.
+    has_kv_events: bool = False
 
     @property
     def total_kv_pages(self) -> int:
@@ -157,11 +170,26 @@ class Engine(Protocol):
         """Load of each data-parallel rank, as the scheduler reports it. Raises TimeoutError, EngineDeadError."""
         ...
 
-    async def probe(self, dp_rank: int = 0) -> None:
-        """One real one-token generation on that rank; in a prefill or decode role it moves no KV cache.
+    async def probe(self, dp_rank: int = 0, payload: ProbePayload | None = None) -> None:
+        """One real generation on that rank, by default of one token; in a disaggregated role it moves no KV cache.
 
-        Raises EngineDeadError, TimeoutError, or RuntimeError with what came back instead of a token.
+        Raises EngineDeadError, TimeoutError, or RuntimeError with what came back instead of an answer.
         """
+        ...
+
+    def kv_events(self) -> AsyncIterator[KvChange]:
+        """Every change of the prefix caches since the engine was attached, rank by rank in order; one reader at a time.
+
+        Ends at once where `EngineInfo.has_kv_events` is False. What can't be told exactly becomes AllBlocksCleared.
+        """
+        ...
+
+    async def flush_cache(self) -> bool:
+        """Forgets every cached prefix; False, and nothing is forgotten, while requests run. Raises EngineDeadError."""
+        ...
+
+    def collect_metrics(self) -> Iterable[Metric]:
+        """Metrics of the engine's own child processes. May read files: call it in a thread."""
         ...
 
     async def wait_dead(self) -> str:

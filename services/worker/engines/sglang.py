@@ -26,7 +26,7 @@ from services.config.yaml_file import ConfigFile
 from services.modes import Probe
 from services.transport import PortTakenError, join_host_port
 from services.worker.engines import sglang_compat as compat
-from services.worker.engines.probe import generate_one_token
+from services.worker.engines.probe import generate_probe
 from services.worker.engines.protocol import (
     EngineDeadError,
     EngineDelta,
@@ -34,6 +34,7 @@ from services.worker.engines.protocol import (
     EngineLoad,
     EngineRefusedError,
     EngineRequest,
+    ProbePayload,
     Role,
 )
 from services.worker.engines.sglang_child import run_detokenizer, run_scheduler
@@ -181,13 +182,13 @@ class SglangEngine:
         snapshots: Sequence[Any] = await asyncio.wait_for(asyncio.shield(self._reading), _LOADS_TIMEOUT_S)
         return [compat.load_of(snapshot) for snapshot in snapshots]
 
-    async def probe(self, dp_rank: int = 0) -> None:
+    async def probe(self, dp_rank: int = 0, payload: ProbePayload | None = None) -> None:
         """See the protocol. In a prefill or decode role it proves the scheduler and not the transfer."""
         try:
             async with asyncio.timeout(self._options.probe_timeout_s):
                 pretended = self._options.mode.probe is Probe.TOKEN_WITHOUT_PEER
                 port = self._options.bootstrap_port if pretended else None
-                await generate_one_token(self, dp_rank=dp_rank, bootstrap_port=port)
+                await generate_probe(self, payload, dp_rank=dp_rank, bootstrap_port=port)
         except TimeoutError:
             raise TimeoutError(f"no token within {self._options.probe_timeout_s:g} s") from None
 

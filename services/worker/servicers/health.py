@@ -42,7 +42,7 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
             response.versions.CopyFrom(loaded.record.runtime.versions)
             try:
                 async with asyncio.timeout(LOADS_TIMEOUT):
-                    _write_load(response.load, await loaded.engine.loads())
+                    _write_load(response.load, await core.loads())
             except (TimeoutError, EngineDeadError):
                 response.detail = response.detail or "the engine does not report its load"
         return response
@@ -50,14 +50,14 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
     async def Probe(
         self, request: health_pb2.ProbeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.ProbeResponse:
-        """One token through the engine."""
+        """A generation through the engine."""
         loaded = self._core.require_loaded()
         if request.dp_rank >= loaded.info.dp_size:
             raise invalid("dp_rank", f"{request.dp_rank}: this worker has {loaded.info.dp_size} data-parallel ranks")
         started = time.monotonic()
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
-                await loaded.engine.probe(request.dp_rank)
+                await loaded.engine.probe(request.dp_rank, loaded.probe_payload)
         except TimeoutError as error:
             raise self._failed(
                 grpc.StatusCode.DEADLINE_EXCEEDED, f"no token from the engine within {PROBE_TIMEOUT:g} s"

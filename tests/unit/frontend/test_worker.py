@@ -42,7 +42,7 @@ async def test_an_unexpected_error_is_a_reason_logged_once_and_asked_again(monke
     monkeypatch.setattr(worker_module.health_pb2_grpc, "HealthServiceStub", lambda _: health)
     monkeypatch.setattr(worker_module.model_pb2_grpc, "ModelServiceStub", lambda _: models)
     monkeypatch.setattr(worker_module, "_RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(Worker, "_until_disconnected", lambda _: asyncio.Event().wait())
+    monkeypatch.setattr(Worker, "_until_unwell", lambda _: asyncio.Event().wait())
     reasons: list[str] = []
 
     texts: Any = Texts()

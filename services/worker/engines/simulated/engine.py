@@ -15,7 +15,8 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from services.worker.engines.probe import generate_one_token
+from services.worker.engines.kv_events import KvEvent
+from services.worker.engines.probe import generate_probe
 from services.worker.engines.protocol import (
     EngineDeadError,
     EngineDelta,
@@ -25,6 +26,7 @@ from services.worker.engines.protocol import (
     EngineRefusedError,
     EngineRequest,
     Finish,
+    ProbePayload,
     Role,
 )
 from services.worker.engines.simulated import control
@@ -36,7 +38,6 @@ from services.worker.engines.simulated.options import SimulatedOptions, script_f
 from services.worker.engines.simulated.oracle import BOS_TOKEN, EOS_TOKEN, TOKEN_BYTES, TokenModel, TokenRule
 from services.worker.engines.simulated.peers import PeerTable
 from services.worker.engines.simulated.prefill_rank import PrefillRank
-from services.worker.engines.simulated.prefix_cache import KvEvent
 from services.worker.engines.simulated.rank import Rank
 from services.worker.engines.simulated.request import DeltaStream, Request
 from services.worker.engines.simulated.scheduler import Scheduler
@@ -182,10 +183,10 @@ class SimulatedEngine:
             raise TimeoutError("the engine does not report its load")
         return self.scheduler.loads()
 
-    async def probe(self, dp_rank: int = 0) -> None:
+    async def probe(self, dp_rank: int = 0, payload: ProbePayload | None = None) -> None:
         """See the protocol."""
         port = self._addresses.bootstrap_port if self.role.disaggregated else None
-        await generate_one_token(self, dp_rank=dp_rank, bootstrap_port=port)
+        await generate_probe(self, payload, dp_rank=dp_rank, bootstrap_port=port)
 
     async def wait_dead(self) -> str:
         """See the protocol."""
