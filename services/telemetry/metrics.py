@@ -15,6 +15,11 @@ WORKER_FREE_SLOTS = Gauge("kvbaton_worker_free_slots", "Legs that a decode worke
 WORKER_STATE = Gauge("kvbaton_worker_state", "1 for the state that the worker is in.", ["role", "state"])
 # Canaries are no legs: they stand in no other metric. Outcome: answered, failed.
 CANARIES = Counter("kvbaton_worker_canaries", "Probes of an engine without traffic.", ["role", "outcome"])
+# Worker: the mirror of its engine's prefix caches. Kind: BlockStored, BlockRemoved, AllBlocksCleared.
+KV_CHANGES = Counter("kvbaton_worker_kv_changes", "Changes told to KV event subscribers.", ["role", "kind"])
+KV_MIRRORED_PAGES = Gauge("kvbaton_worker_kv_mirrored_pages", "Pages known to be reusable.", ["role", "dp_rank"])
+KV_SUBSCRIBERS = Gauge("kvbaton_worker_kv_subscribers", "Open KV event subscriptions.", ["role"])
+KV_GAPS = Counter("kvbaton_worker_kv_gaps", "Gaps in an engine's KV events: filled, or lost.", ["outcome"])
 
 # Frontend: requests, by model and outcome (finished, or the gRPC status name of the error).
 REQUESTS = Counter("kvbaton_requests", "Requests that the frontend has ended.", ["model", "outcome"])

@@ -43,6 +43,8 @@ class WorkerCore:
         self.accepting = False
         self.canary_rank: int | None = None
         """The dp rank that a canary runs on."""
+        self.engine: Engine | None = None
+        """From its attachment on, also where it serves no requests."""
         self._loaded: Loaded | None = None
 
     @property

@@ -22,6 +22,8 @@ from kvbaton.v1 import (
     generate_pb2_grpc,
     health_pb2,
     health_pb2_grpc,
+    kv_events_pb2,
+    kv_events_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     session_pb2,
@@ -46,11 +48,14 @@ from services.worker.core import Loaded, WorkerCore
 from services.worker.engines.protocol import Engine
 from services.worker.health.canary import Canary
 from services.worker.health.payload import HealthCheck
+from services.worker.kv_events.feed import feed
+from services.worker.kv_events.hub import KvEventHub
 from services.worker.leg_runner import LegRunner
 from services.worker.lifecycle import Lifecycle
 from services.worker.role import RoleContract
 from services.worker.servicers.generate import GenerateServicer
 from services.worker.servicers.health import HealthServicer
+from services.worker.servicers.kv_events import KvEventServicer
 from services.worker.servicers.model import ModelServicer
 from services.worker.servicers.session import SessionServicer
 
@@ -69,6 +74,7 @@ SERVICE_NAMES = (
     bootstrap_pb2.DESCRIPTOR.services_by_name["BootstrapService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     session_pb2.DESCRIPTOR.services_by_name["WorkerSessionService"].full_name,
+    kv_events_pb2.DESCRIPTOR.services_by_name["KvEventService"].full_name,
 )
 
 
@@ -112,6 +118,8 @@ class WorkerHost:
         self._etcd = EtcdClient(config.etcd.endpoints, config.etcd.tls())
         self._contract = make_contract(config.role, self._etcd, config.etcd.namespace)
         self._hurry = asyncio.Event()
+        self._kv_events = KvEventHub(config.role)
+        self._feeding: asyncio.Task[None] | None = None
 
     @property
     def advertised_host(self) -> str:
@@ -159,6 +167,7 @@ class WorkerHost:
             await self._health.set_serving(False)
             await server.start()
             stack.push_async_callback(server.stop, 1.0)
+            stack.push_async_callback(self._end_kv_events)
             listening()
             log.info("listening", grpc=join_host_port(config.host, grpc_port), system=http.port, host=self._host)
             try:
@@ -182,6 +191,8 @@ class WorkerHost:
         try:
             async with asyncio.timeout(self._config.warmup_timeout):
                 await engine.attach()
+                self._core.engine = engine
+                self._follow_kv_events(engine)
                 loaded = await asyncio.to_thread(self._describe, engine, grpc_port, system_port)
                 for rank in range(loaded.info.dp_size):
                     await engine.probe(rank, loaded.probe_payload)
@@ -273,6 +284,16 @@ class WorkerHost:
             await core.legs.drained(_ABORT_GRACE)
         await publisher.delete()
 
+    def _follow_kv_events(self, engine: Engine) -> None:
+        self._kv_events.open(engine.info().dp_size)
+        self._feeding = asyncio.create_task(feed(engine, self._kv_events), name="kv-events")
+
+    async def _end_kv_events(self) -> None:
+        self._kv_events.close()
+        if self._feeding is not None:
+            self._feeding.cancel()
+            await asyncio.gather(self._feeding, return_exceptions=True)
+
     def _describe(self, engine: Engine, grpc_port: int, system_port: int) -> Loaded:
         """Reads the model folder (in a thread: tokenizer files are hashed) and puts the record together."""
         path, identity = self._model_path()
@@ -316,6 +337,7 @@ class WorkerHost:
         generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(self._core, runner), server)
         session_pb2_grpc.add_WorkerSessionServiceServicer_to_server(SessionServicer(self._core, runner), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthServicer(self._core), server)
+        kv_events_pb2_grpc.add_KvEventServiceServicer_to_server(KvEventServicer(self._core, self._kv_events), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._core), server)
         bootstrap_pb2_grpc.add_BootstrapServiceServicer_to_server(self._contract.bootstrap_servicer(self._core), server)
         return (*SERVICE_NAMES, GRPC_HEALTH_NAME)

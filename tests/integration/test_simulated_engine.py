@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
 
 from services.requests import Role, Room, Sampling
+from services.worker.engines.kv_events import BlockStored, KvChange
 from services.worker.engines.protocol import EngineRefusedError, EngineRequest, Finish
 from services.worker.engines.simulated import Addresses, SimulatedEngine, SimulatedOptions
 from services.worker.engines.simulated.oracle import EOS_TOKEN, expected_answer, expected_tokens
-from services.worker.engines.simulated.prefix_cache import BlockStored, KvEvent
 from tests.support.ports import free_port
 from tests.support.simulated_engines import Leg, Pair, do, fresh_room, greedy, started, started_pair
 from tests.support.waiting import eventually
@@ -240,20 +241,38 @@ async def test_requests_wait_for_pages() -> None:
 
 async def test_cached_prefixes_are_reported_and_told() -> None:
     async with started_pair(SimulatedOptions(dp_size=2)) as pair:
-        events: list[tuple[int, KvEvent]] = []
-        pair.prefill.listen_to_kv_events(lambda rank, event: events.append((rank, event)))
+        changes: list[KvChange] = []
+
+        async def listen(arriving: AsyncIterator[KvChange]) -> None:
+            while True:
+                changes.append(await anext(arriving))
+
+        listening = asyncio.create_task(listen(pair.prefill.kv_events()))
         cached: list[int] = []
         for room in (2, 4, 5):
             prefill, decode = pair.legs(PROMPT, greedy(2), room)
             cached.append((await prefill.result()).finish.cached_tokens)
             assert (await decode.result()).tokens == expected_tokens(PROMPT, greedy(2))
         assert cached == [0, 32, 0]
-        assert [rank for rank, _ in events] == [0, 1]
-        stored = events[0][1]
+        await eventually(lambda: len(changes) == 2)
+        assert [change.dp_rank for change in changes] == [0, 1]
+        stored = changes[0].event
         assert isinstance(stored, BlockStored)
         assert stored.token_ids == PROMPT[:32]
-        do(pair.prefill, "flush_cache")
-        assert len(events) == 4
+        assert await pair.prefill.flush_cache()
+        await eventually(lambda: len(changes) == 4)
+        assert [change async for change in pair.decode.kv_events()] == [], "decode keeps no prefixes"
+        listening.cancel()
+
+
+async def test_the_cache_is_not_flushed_under_running_requests() -> None:
+    async with started(Role.AGGREGATED, SimulatedOptions(decode_step=0.01)) as engine:
+        leg = Leg(engine, PROMPT, greedy(20))
+        assert not await engine.flush_cache()
+        await leg.result()
+        assert (await Leg(engine, PROMPT, greedy(1)).result()).finish.cached_tokens == 32
+        assert await engine.flush_cache()
+        assert (await Leg(engine, PROMPT, greedy(1)).result()).finish.cached_tokens == 0
 
 
 async def test_times_are_as_told() -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
+from prometheus_client import Metric
+
 from services.requests import Role
+from services.worker.engines.kv_events import KvChange
 from services.worker.engines.protocol import (
     EngineDeadError,
     EngineDelta,
@@ -71,6 +74,9 @@ class FakeEngine:
         self.aborted: list[str] = []
         self._dead: asyncio.Future[str] | None = None
         self.probes = 0
+        self.flushes = 0
+        self.metrics: list[Metric] = []
+        self.kv_changes: asyncio.Queue[KvChange] = asyncio.Queue()
         self.probed: list[tuple[int, ProbePayload | None]] = []
 
     def start(self) -> None:
@@ -108,6 +114,7 @@ class FakeEngine:
             eos_token_ids=(2,),
             bos_token_id=1,
             seeded_sampling=True,
+            has_kv_events=self.role is not Role.DECODE,
         )
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
@@ -181,6 +188,18 @@ class FakeEngine:
             await asyncio.Event().wait()
         if self.behaviour.probe_fails:
             raise RuntimeError(self.behaviour.probe_fails)
+
+    async def kv_events(self) -> AsyncIterator[KvChange]:
+        self.kv_changes = asyncio.Queue()
+        while self.info().has_kv_events:
+            yield await self.kv_changes.get()
+
+    async def flush_cache(self) -> bool:
+        self.flushes += 1
+        return not self.live
+
+    def collect_metrics(self) -> Iterable[Metric]:
+        return self.metrics
 
     async def wait_dead(self) -> str:
         assert self._dead is not None

@@ -27,6 +27,7 @@ class Processes:
         self.grpc_ports: dict[str, int] = {}
         self.http_port = free_port()
         self.system_endpoints: dict[str, str] = {}
+        self.grpc_endpoints: dict[str, str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._etcd = ("--etcd-endpoints", etcd_endpoint, "--namespace", f"t-{uuid.uuid4().hex[:12]}")
         self._logs = logs
@@ -68,7 +69,9 @@ class Processes:
     def worker(self, name: str, *arguments: str, sim: str = "") -> None:
         system_port = free_port()
         self.system_endpoints[name] = f"127.0.0.1:{system_port}"
-        ports = ("--port", str(free_port()), "--system-port", str(system_port))
+        grpc_port = free_port()
+        self.grpc_endpoints[name] = f"127.0.0.1:{grpc_port}"
+        ports = ("--port", str(grpc_port), "--system-port", str(system_port))
         bootstrap = ("--disaggregation-bootstrap-port", str(free_port())) if "prefill" in arguments else ()
         engine = ("--engine", "simulated", "--sim", sim, "--model-path", "no-model", "--drain-grace", "0.1")
         self._start(name, *arguments, *ports, *bootstrap, *engine)

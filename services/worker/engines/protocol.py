@@ -185,7 +185,10 @@ class Engine(Protocol):
         ...
 
     async def flush_cache(self) -> bool:
-        """Forgets every cached prefix; False, and nothing is forgotten, while requests run. Raises EngineDeadError."""
+        """Forgets every cached prefix; False, and nothing is forgotten, while requests run.
+
+        Raises EngineDeadError, TimeoutError.
+        """
         ...
 
     def collect_metrics(self) -> Iterable[Metric]:

@@ -9,13 +9,14 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import Metric
 from starlette.applications import Starlette
 
-from services.worker.engines.kv_events import KvEvent
+from services.worker.engines.kv_events import KvChange, KvEvent
 from services.worker.engines.probe import generate_probe
 from services.worker.engines.protocol import (
     EngineDeadError,
@@ -38,13 +39,12 @@ from services.worker.engines.simulated.options import SimulatedOptions, script_f
 from services.worker.engines.simulated.oracle import BOS_TOKEN, EOS_TOKEN, TOKEN_BYTES, TokenModel, TokenRule
 from services.worker.engines.simulated.peers import PeerTable
 from services.worker.engines.simulated.prefill_rank import PrefillRank
+from services.worker.engines.simulated.prompt_rank import PromptRank
 from services.worker.engines.simulated.rank import Rank
 from services.worker.engines.simulated.request import DeltaStream, Request
 from services.worker.engines.simulated.scheduler import Scheduler
 from services.worker.engines.simulated.sender import PrefillLink
 from services.worker.engines.simulated.wire import INCARNATION_BYTES
-
-KvEventListener = Callable[[int, KvEvent], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class SimulatedEngine:
         self._bootstrap: BootstrapServer | None = None
         self._data_servers: list[asyncio.Server] = []
         self._peers: PeerTable | None = None
-        self._kv_listeners: list[KvEventListener] = []
+        self._kv_changes: asyncio.Queue[KvChange] | None = None
 
     @property
     def bootstrap_port(self) -> int:
@@ -138,6 +138,7 @@ class SimulatedEngine:
             eos_token_ids=(EOS_TOKEN,),
             bos_token_id=BOS_TOKEN,
             seeded_sampling=True,
+            has_kv_events=self.role is not Role.DECODE and options.prefix_cache,
         )
 
     def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
@@ -188,6 +189,30 @@ class SimulatedEngine:
         port = self._addresses.bootstrap_port if self.role.disaggregated else None
         await generate_probe(self, payload, dp_rank=dp_rank, bootstrap_port=port)
 
+    def kv_events(self) -> AsyncIterator[KvChange]:
+        """See the protocol."""
+        arrived: asyncio.Queue[KvChange] = asyncio.Queue()
+        if not self.info().has_kv_events:
+            return _nothing()
+        # Whoever asks again has forgotten all: so does the cache, or they would never agree.
+        if self._kv_changes is not None:
+            self._flush()
+        self._kv_changes = arrived
+        return _all_of(arrived)
+
+    async def flush_cache(self) -> bool:
+        """See the protocol."""
+        if self.scheduler.cause:
+            raise EngineDeadError(self.scheduler.cause)
+        if self.scheduler.live:
+            return False
+        self._flush()
+        return True
+
+    def collect_metrics(self) -> Iterable[Metric]:
+        """See the protocol. There are no children."""
+        return ()
+
     async def wait_dead(self) -> str:
         """See the protocol."""
         if self._dead is None:
@@ -213,10 +238,6 @@ class SimulatedEngine:
         assert self._loop is not None
         self._loop.call_later(0.05, os.kill, os.getpid(), signal.SIGKILL)
 
-    def listen_to_kv_events(self, listener: KvEventListener) -> None:
-        """`listener(dp_rank, event)` hears of every change of a prefix cache from now on."""
-        self._kv_listeners.append(listener)
-
     async def _attach_prefill(self, ranks: list[PrefillRank]) -> None:
         assert self._loop is not None
         self.scheduler.start(ranks)
@@ -239,10 +260,15 @@ class SimulatedEngine:
 
     def _teller(self, index: int) -> Callable[[KvEvent], None]:
         def tell(event: KvEvent) -> None:
-            for listener in self._kv_listeners:
-                listener(index, event)
+            if self._kv_changes is not None:
+                self._kv_changes.put_nowait(KvChange(index, event))
 
         return tell
+
+    def _flush(self) -> None:
+        for rank in self.scheduler.ranks:
+            if isinstance(rank, PromptRank):
+                rank.flush_cache()
 
     def _find_peer(self, address: tuple[str, int]) -> Any:
         assert self._peers is not None
@@ -293,3 +319,13 @@ class SimulatedEngine:
         self._died(cause)
         if self._bootstrap is not None:
             self._bootstrap.close()
+
+
+async def _all_of(arrived: asyncio.Queue[KvChange]) -> AsyncIterator[KvChange]:
+    while True:
+        yield await arrived.get()
+
+
+async def _nothing() -> AsyncIterator[KvChange]:
+    return
+    yield  # makes it a generator
