@@ -145,6 +145,8 @@ class _Process:
                 fields=config.engine_fields,
                 native_args=config.native_args,
                 native_file=config.native_file,
+                kv_events=config.kv_events,
+                metrics=config.enable_metrics,
                 backstop_timeout_s=config.backstop_timeout,
             )
         )

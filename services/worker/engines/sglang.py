@@ -13,7 +13,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -21,11 +21,14 @@ from typing import Any, Literal
 
 import psutil
 import structlog
+from prometheus_client import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from services.config.yaml_file import ConfigFile
 from services.modes import Probe
 from services.transport import PortTakenError, join_host_port
 from services.worker.engines import sglang_compat as compat
+from services.worker.engines.kv_events import KvChange
 from services.worker.engines.probe import generate_probe
 from services.worker.engines.protocol import (
     EngineDeadError,
@@ -40,7 +43,9 @@ from services.worker.engines.protocol import (
 from services.worker.engines.sglang_child import run_detokenizer, run_scheduler
 from services.worker.engines.sglang_death import DeathWatch, take_sigquit
 from services.worker.engines.sglang_introspect import engine_info
+from services.worker.engines.sglang_kv_events import SglangKvEvents
 from services.worker.engines.sglang_launch import (
+    KvSockets,
     SglangOptions,
     TmpDir,
     apply_environment,
@@ -62,6 +67,7 @@ _KILL_TIMEOUT_S = 30.0
 # Past SGLang's own time-outs, whose messages say more.
 _BACKSTOP_MARGIN_S = 2.0
 _SPAWN_SETTLING_S = 0.1
+_FLUSH_TIMEOUT_S = 10.0
 
 _log = structlog.get_logger(__name__)
 
@@ -125,7 +131,8 @@ class SglangEngine:
         """See the protocol."""
         loop = asyncio.get_running_loop()
         self._dead = loop.create_future()
-        self._outputs = loop.create_task(self._handle_outputs(), name="sglang-outputs")
+        if self._sglang.tokenizer_manager is not None:
+            self._outputs = loop.create_task(self._handle_outputs(), name="sglang-outputs")
 
         def tell(cause: str) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
@@ -136,7 +143,7 @@ class SglangEngine:
     def info(self) -> EngineInfo:
         """See the protocol."""
         if self._info is None:
-            raise RuntimeError("the engine is not started")
+            raise RuntimeError("the engine is not started, or serves no requests itself")
         return self._info
 
     def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
@@ -192,6 +199,29 @@ class SglangEngine:
         except TimeoutError:
             raise TimeoutError(f"no token within {self._options.probe_timeout_s:g} s") from None
 
+    async def kv_events(self) -> AsyncIterator[KvChange]:
+        """See the protocol. Each time from the first event on, as far back as SGLang remembers."""
+        if not self.info().has_kv_events or self._tmp_dir is None:
+            return
+        events = SglangKvEvents(KvSockets(self._tmp_dir.path), self.info().dp_size, self.flush_cache)
+        async with contextlib.aclosing(events.changes()) as changes:  # type: ignore[type-var]
+            async for change in changes:
+                yield change
+
+    async def flush_cache(self) -> bool:
+        """See the protocol. SGLang answers for its first dp rank alone, so that the host looks at all of them."""
+        self._raise_if_dead()
+        if self._live:
+            return False
+        async with asyncio.timeout(_FLUSH_TIMEOUT_S):
+            return bool((await self._sglang.tokenizer_manager.flush_cache()).success)
+
+    def collect_metrics(self) -> Iterable[Metric]:
+        """See the protocol. What SGLang measures in this process is in this process's own registry."""
+        if not self._options.metrics or self._sglang is None:
+            return ()
+        return MultiProcessCollector(None).collect()  # pyright: ignore[reportArgumentType]
+
     async def wait_dead(self) -> str:
         """See the protocol."""
         if self._dead is None:
@@ -210,13 +240,14 @@ class SglangEngine:
             self._closed = True
             launching, self._death.launching = self._death.launching, False
             self._death.declare("the engine was shut down")
-            if self._sglang is not None:
+            serving = self._sglang is not None and self._sglang.tokenizer_manager is not None
+            if serving:
                 compat.stop_host_side(self._sglang)
             _kill_children()
             if launching:  # in another thread, which may have been about to spawn; what still slips by ends itself
                 time.sleep(_SPAWN_SETTLING_S)
                 _kill_children()
-            if self._sglang is not None and (snapshots := compat.snapshot_file(self._sglang.tokenizer_manager)):
+            if serving and (snapshots := compat.snapshot_file(self._sglang)):
                 Path(snapshots).unlink(missing_ok=True)
             if self._tmp_dir is not None:
                 self._tmp_dir.remove()
@@ -228,7 +259,7 @@ class SglangEngine:
             options.native_args,
             options.native_file,
             defaults=default_fields(options),
-            forced=forced_fields(options),
+            forced=forced_fields(options, KvSockets(tmp_dir) if options.tells_kv_events else None),
         )
         write_logging_config(str(server_args.log_level), tmp_dir, os.environ)
         entry_points = {
@@ -239,13 +270,13 @@ class SglangEngine:
 
     def _after_launch(self) -> None:
         sglang = self._sglang
-        if sglang.tokenizer_manager is None:
-            raise RuntimeError("only node rank 0 of a multi-node engine serves requests")
         # Ours, ahead of multiprocessing's own handler, which waits for the children for ever.
         atexit.unregister(sglang.shutdown)
         atexit.register(self.shutdown)
         take_sigquit(self._death)
         self._death.watch(sglang.get_all_child_pids())
+        if sglang.tokenizer_manager is None:
+            return  # a node behind the first: its schedulers take their orders from there
         if self._options.mode.has_bootstrap:
             self._require_own_bootstrap_server()
         self._info = engine_info(
@@ -253,6 +284,7 @@ class SglangEngine:
             scheduler_info=sglang._scheduler_init_result.scheduler_infos[0],  # noqa: SLF001
             max_running_requests=self._max_running_requests(),
             seeds_always=self._options.device == "cpu",
+            tells_kv_events=self._options.tells_kv_events,
         )
 
     def _require_own_bootstrap_server(self) -> None:

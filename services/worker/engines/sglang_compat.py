@@ -198,7 +198,7 @@ def stop_host_side(engine: Any) -> None:
         engine.send_to_rpc = None
 
 
-def snapshot_file(tokenizer_manager: Any) -> str | None:
+def snapshot_file(engine: Any) -> str | None:
     """The shared-memory file of the load snapshots, which SGLang leaves behind in /dev/shm."""
-    reader = tokenizer_manager.load_snapshot_reader
+    reader = engine.tokenizer_manager.load_snapshot_reader
     return getattr(reader, "path", None) or getattr(reader, "_shm_path", None)

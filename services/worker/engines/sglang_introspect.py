@@ -14,7 +14,12 @@ _NIXL_PACKAGES = ("nixl-cu13", "nixl-cu12", "nixl")
 
 
 def engine_info(
-    engine: Any, *, scheduler_info: Mapping[str, Any], max_running_requests: int, seeds_always: bool
+    engine: Any,
+    *,
+    scheduler_info: Mapping[str, Any],
+    max_running_requests: int,
+    seeds_always: bool,
+    tells_kv_events: bool,
 ) -> EngineInfo:
     """Describe a started `sglang.Engine`. `max_running_requests` is per data-parallel rank."""
     args = resolved(engine.server_args)
@@ -44,6 +49,7 @@ def engine_info(
         seeded_sampling=seeds_always or bool(args["enable_deterministic_inference"]),
         tool_call_parser=str(args["tool_call_parser"] or ""),
         reasoning_parser=str(args["reasoning_parser"] or ""),
+        has_kv_events=tells_kv_events and not args["disable_radix_cache"],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import getpass
+import json
 import os
 import shutil
 import sys
@@ -55,6 +56,12 @@ class SglangOptions:
     native_file: ConfigFile | None = None
     """The same from the file of --config; flags win."""
 
+    kv_events: bool = True
+    """Tell of what the prefix cache holds; a decode engine has none."""
+
+    metrics: bool = False
+    """Collect SGLang's own metrics."""
+
     backstop_timeout_s: float = 120.0
     """When SGLang itself gives up a hand-shake or a transfer; longer than every deadline of ours."""
 
@@ -75,9 +82,39 @@ class SglangOptions:
         """What the role makes of the engine."""
         return mode_of(self.role)
 
+    @property
+    def tells_kv_events(self) -> bool:
+        """Whether the schedulers are made to tell of their prefix caches."""
+        return self.kv_events and self.role is not Role.DECODE
 
-def forced_fields(options: SglangOptions) -> dict[str, Any]:
-    """Fields of SGLang's `ServerArgs` that Baton decides; passing them through is refused."""
+
+@dataclass(frozen=True, slots=True)
+class KvSockets:
+    """Where the schedulers publish KV events, and repeat them: in the engine's private folder, on no network.
+
+    SGLang adds the dp rank to the number behind the last colon, of addresses that have "tcp" in them.
+    """
+
+    folder: Path
+
+    def events(self, dp_rank: int) -> str:
+        """The publisher's socket."""
+        return f"ipc://{self.folder}/kv-tcp:{dp_rank}"
+
+    def replay(self, dp_rank: int) -> str:
+        """The socket that repeats."""
+        return f"ipc://{self.folder}/kvr-tcp:{dp_rank}"
+
+    def config(self) -> str:
+        """SGLang's `--kv-events-config`."""
+        return json.dumps({"publisher": "zmq", "endpoint": self.events(0), "replay_endpoint": self.replay(0)})
+
+
+def forced_fields(options: SglangOptions, kv_sockets: KvSockets | None = None) -> dict[str, Any]:
+    """Fields of SGLang's `ServerArgs` that Baton decides; passing them through is refused.
+
+    `kv_sockets` is where the schedulers tell of their prefix caches, None if they don't.
+    """
     fields: dict[str, Any] = {
         "model_path": options.model_path,
         "served_model_name": options.served_model_name,
@@ -88,6 +125,10 @@ def forced_fields(options: SglangOptions) -> dict[str, Any]:
         **options.fields,
         **options.mode.engine_fields,
     }
+    if kv_sockets is not None:
+        fields["kv_events_config"] = kv_sockets.config()
+    if options.metrics:
+        fields["enable_metrics"] = True
     if options.mode.disaggregated:
         fields["disaggregation_transfer_backend"] = options.transfer_backend
     if options.mode.has_bootstrap:
@@ -126,6 +167,8 @@ def environment(options: SglangOptions, tmp_dir: Path, inherited: Mapping[str, s
         # A dead scheduler must not cost 5 s of stack dumps before the host hears of it.
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+        # On the nodes behind the first the launch would otherwise never return.
+        "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
         "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": backstop,
         "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": backstop,
     }
