@@ -5,7 +5,9 @@ Plain text also where everything else has TLS: probes and scrapers bring no cert
 
 from __future__ import annotations
 
-import prometheus_client
+import asyncio
+
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -13,6 +15,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvbaton.v1 import worker_pb2
+from services.telemetry.exposition import exposition
 from services.worker.core import WorkerCore
 
 
@@ -27,11 +30,13 @@ def create_app(core: WorkerCore) -> Starlette:
         return JSONResponse(_description(core), status_code=503 if failed else 200)
 
     async def metrics(_: Request) -> Response:
-        return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        engine = core.engine
+        page = await asyncio.to_thread(lambda: exposition(engine.collect_metrics() if engine is not None else ()))
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     async def engine_http(scope: Scope, receive: Receive, send: Send) -> None:
         """What the engine serves of its own: the simulated one its command channel, others nothing."""
-        engine = core.loaded.engine if core.loaded is not None else None
+        engine = core.engine
         app: ASGIApp = getattr(engine, "http_app", Response(status_code=404))
         await app(scope, receive, send)
 
