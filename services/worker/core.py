@@ -71,11 +71,11 @@ class WorkerCore:
             raise self.unavailable(Reason.WORKER_DRAINING if draining else Reason.WORKER_NOT_SERVING)
         return self.require_loaded()
 
-    def unavailable(self, reason: Reason) -> RequestError:
-        """UNAVAILABLE with the worker's state in words."""
+    def unavailable(self, reason: Reason, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> RequestError:
+        """UNAVAILABLE, or another code, with the worker's state in words."""
         detail = f" ({self.lifecycle.detail})" if self.lifecycle.detail else ""
         return RequestError(
-            grpc.StatusCode.UNAVAILABLE,
+            code,
             reason,
             f"{self.role} worker {self.instance_id} is {self.lifecycle.state_name}{detail}",
             leg=self.role,

@@ -16,6 +16,8 @@ import grpc.aio
 import structlog
 
 from kvbaton.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
     bootstrap_pb2,
     bootstrap_pb2_grpc,
     generate_pb2,
@@ -53,6 +55,7 @@ from services.worker.kv_events.hub import KvEventHub
 from services.worker.leg_runner import LegRunner
 from services.worker.lifecycle import Lifecycle
 from services.worker.role import RoleContract
+from services.worker.servicers.admin import AdminServicer
 from services.worker.servicers.generate import GenerateServicer
 from services.worker.servicers.health import HealthServicer
 from services.worker.servicers.kv_events import KvEventServicer
@@ -75,6 +78,7 @@ SERVICE_NAMES = (
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     session_pb2.DESCRIPTOR.services_by_name["WorkerSessionService"].full_name,
     kv_events_pb2.DESCRIPTOR.services_by_name["KvEventService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
 )
 
 
@@ -130,6 +134,11 @@ class WorkerHost:
     def incarnation(self) -> worker_pb2.Incarnation:
         """This life of the worker."""
         return self._core.incarnation
+
+    @property
+    def cause(self) -> str:
+        """Why `run` returned something other than 0."""
+        return self._core.lifecycle.detail
 
     def engine_built(self, engine: Engine) -> None:
         """The engine is there. Called in the loop."""
@@ -336,6 +345,7 @@ class WorkerHost:
         runner = LegRunner(self._core, self._contract)
         generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(self._core, runner), server)
         session_pb2_grpc.add_WorkerSessionServiceServicer_to_server(SessionServicer(self._core, runner), server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._core, self.stop), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthServicer(self._core), server)
         kv_events_pb2_grpc.add_KvEventServiceServicer_to_server(KvEventServicer(self._core, self._kv_events), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._core), server)

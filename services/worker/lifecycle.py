@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import structlog
@@ -36,6 +37,8 @@ class Lifecycle:
         self.state: worker_pb2.WorkerState = worker_pb2.WORKER_STATE_STARTING
         self.detail = ""
         self.started_at = time.time()
+        self.ending = asyncio.Event()
+        """Set from DRAINING or FAILED on."""
         self._role = role
         self._health = health
         self._entered = time.monotonic()
@@ -50,6 +53,11 @@ class Lifecycle:
         """Whether new requests are expected here."""
         return self.state == worker_pb2.WORKER_STATE_SERVING
 
+    @property
+    def registered(self) -> bool:
+        """Whether the registry has, or had, a record of this worker."""
+        return _RANKS[self.state] >= _RANKS[worker_pb2.WORKER_STATE_SERVING]
+
     async def enter(self, state: worker_pb2.WorkerState, detail: str = "") -> None:
         """Goes on to a later state. A step backwards is a bug: ValueError."""
         if _RANKS[state] < _RANKS[self.state]:
@@ -60,6 +68,8 @@ class Lifecycle:
         previous = self.state_name
         metrics.WORKER_STATE.labels(self._role, previous).set(0)
         self.state, self.detail = state, detail
+        if _RANKS[state] >= _RANKS[worker_pb2.WORKER_STATE_DRAINING]:
+            self.ending.set()
         metrics.WORKER_STATE.labels(self._role, self.state_name).set(1)
         log.info("worker state", state=self.state_name, detail=detail, previous=previous, seconds=round(seconds, 2))
         await self._health.set_serving(self.serving)
