@@ -30,12 +30,15 @@ from services.telemetry.logging import configure_logging
 from services.transport import PortTakenError, require_free_port
 from services.worker.advertise import AdvertiseError
 from services.worker.engines.protocol import Engine
+from services.worker.follower import FollowerHost, node_rank
 from services.worker.host import WorkerHost
 
 log = structlog.get_logger()
 
 # What went wrong is all in the message.
 _EXPLAINED = (ModelResolutionError, ConfigError)
+_Host = WorkerHost | FollowerHost
+
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -65,7 +68,7 @@ class _Process:
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._loop = uvloop.new_event_loop()
-        self._listening: Future[WorkerHost] = Future()
+        self._listening: Future[_Host] = Future()
         self._exit_status: Future[int] = Future()
         self._resolved: ResolvedModel | None = None
         self._engine: Engine | None = None
@@ -90,11 +93,15 @@ class _Process:
             self._attached.set()
             self._loop.call_soon_threadsafe(host.engine_built, self._engine)
         try:
-            return self._exit_status.result()
+            status = self._exit_status.result()
         finally:
             if self._engine is not None:
                 self._engine.shutdown()
+        if status:
+            log.error("stopped", cause=host.cause)
+        else:
             log.info("stopped")
+        return status
 
     def _serve(self) -> None:
         """The serving thread."""
@@ -107,10 +114,14 @@ class _Process:
             self._exit_status.set_exception(error)
 
     async def _host(self) -> int:
-        host = WorkerHost(self._config, contract_of, self._model)
+        host: _Host
+        if node_rank(self._config.native_args):
+            host = FollowerHost(self._config)
+        else:
+            host = WorkerHost(self._config, contract_of, self._model)
         return await host.run(lambda: self._listening.set_result(host))
 
-    def _wait_for_signal(self, host: WorkerHost) -> None:
+    def _wait_for_signal(self, host: _Host) -> None:
         """The signals thread. A second signal cuts the drain short, a third ends the process at once."""
         received = signal.Signals(signal.sigwait(_STOP_SIGNALS))
         log.info("stopping", signal=received.name)
