@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import pytest_asyncio
 
@@ -19,7 +20,9 @@ from services.models.resolve import resolve_model_path
 from services.tools.cluster import LocalCluster
 from services.tools.options import ClusterOptions
 from tests.e2e.reference import NEW_TOKENS, PROMPT_LENGTHS, Reference, make_prompts
+from tests.support.kv_view import KvView
 from tests.support.ports import free_port
+from tests.support.waiting import eventually
 
 # Small chunks, so that the longer prompts are prefilled in several.
 NATIVE_ARGS = ("--chunked-prefill-size", "128")
@@ -32,6 +35,17 @@ class Answers:
 
     alone: dict[int, list[int]]
     at_once: dict[int, list[int]]
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """What the aggregated worker answered, and what it told of itself: pages to a subscriber who followed from the
+    beginning and to one who came at the end, and its page of metrics."""
+
+    answers: Answers
+    followed: KvView
+    at_the_end: KvView
+    metrics: str
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ def reference(model_path: Path, prompts: dict[int, list[int]]) -> Reference:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def aggregated_answers(prompts: dict[int, list[int]], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+async def aggregated(prompts: dict[int, list[int]], tmp_path_factory: pytest.TempPathFactory) -> Aggregated:
     options = ClusterOptions(
         mode="agg",
         device="cpu",
@@ -71,9 +85,21 @@ async def aggregated_answers(prompts: dict[int, list[int]], tmp_path_factory: py
         http_port=0,
         state_dir=tmp_path_factory.mktemp("agg"),
         native_args=NATIVE_ARGS,
+        env={"aggregated": {"KVBATON_ENABLE_METRICS": "true"}},
     )
     async with LocalCluster(options) as cluster, Client(cluster.grpc_endpoint, timeout=180.0) as client:
-        return await ask_all(client, prompts)
+        (record,) = cluster.workers.values()
+        async with KvView(record.grpc_endpoint) as followed:
+            answers = await ask_all(client, prompts)
+            async with KvView(record.grpc_endpoint) as at_the_end, httpx.AsyncClient() as http:
+                await eventually(lambda: at_the_end.exact and at_the_end.sequence == followed.sequence)
+                page = await http.get(f"http://{record.system_endpoint}/metrics", timeout=60.0)
+    return Aggregated(answers, followed, at_the_end, page.text)
+
+
+@pytest.fixture(scope="session")
+def aggregated_answers(aggregated: Aggregated) -> Answers:
+    return aggregated.answers
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
