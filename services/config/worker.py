@@ -81,9 +81,7 @@ class WorkerConfig:
         False, "let the engine run code that comes with the model", sglang="trust_remote_code"
     )
     kv_events: bool = flag(True, "tell subscribers of KvEventService which prefixes the engine holds")
-    enable_metrics: bool = flag(
-        False, "serve SGLang's own metrics beside Baton's on /metrics", sglang="enable_metrics"
-    )
+    enable_metrics: bool = flag(False, "serve SGLang's own metrics beside Baton's on /metrics", sglang="enable_metrics")
 
     window: int = flag(0, "legs that a decode worker runs at once; 0: as many as its engine runs")
 

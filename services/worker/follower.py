@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import grpc.aio
 import structlog
@@ -29,16 +29,6 @@ from services.worker.servicers.health import HealthServicer
 log = structlog.get_logger()
 
 SERVICE_NAMES = (health_pb2.DESCRIPTOR.services_by_name["HealthService"].full_name,)
-
-
-def node_rank(native_args: Sequence[str]) -> int:
-    """SGLang's `--node-rank`; 0 where there is none, or none that SGLang's own parser would take."""
-    rank = 0
-    for flag, following in zip(native_args, (*native_args, "")[1:], strict=True):
-        name, _, value = flag.partition("=")
-        if name == "--node-rank" and (value or following).isdigit():
-            rank = int(value or following)
-    return rank
 
 
 class FollowerHost:

@@ -30,7 +30,7 @@ from services.telemetry.logging import configure_logging
 from services.transport import PortTakenError, require_free_port
 from services.worker.advertise import AdvertiseError
 from services.worker.engines.protocol import Engine
-from services.worker.follower import FollowerHost, node_rank
+from services.worker.follower import FollowerHost
 from services.worker.host import WorkerHost
 
 log = structlog.get_logger()
@@ -115,7 +115,7 @@ class _Process:
 
     async def _host(self) -> int:
         host: _Host
-        if node_rank(self._config.native_args):
+        if self._config.node_rank:
             host = FollowerHost(self._config)
         else:
             host = WorkerHost(self._config, contract_of, self._model)

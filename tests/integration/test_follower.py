@@ -23,7 +23,7 @@ from services.config.worker import WorkerConfig
 from services.registry.etcd import EtcdClient
 from services.registry.lookup import list_workers
 from services.requests import Role
-from services.worker.follower import FollowerHost, node_rank
+from services.worker.follower import FollowerHost
 from tests.support.fake_engine import FakeEngine, Rooms
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
@@ -104,19 +104,3 @@ async def test_a_failed_launch_ends_it_with_the_cause(follower: Follower) -> Non
     follower.host.engine_failed(RuntimeError("no route to node 0"))
     assert await asyncio.wait_for(follower.task, 10) == 1
     assert "no route to node 0" in follower.host.cause
-
-
-@pytest.mark.parametrize(
-    ("native_args", "rank"),
-    [
-        ((), 0),
-        (("--nnodes", "2", "--node-rank", "0"), 0),
-        (("--nnodes", "2", "--node-rank", "1"), 1),
-        (("--node-rank=3", "--nnodes=4"), 3),
-        (("--node-rank",), 0),
-        (("--node-rank", "x"), 0),
-        (("--node-rank", "1", "--node-rank", "2"), 2),
-    ],
-)
-def test_the_node_rank_is_sglangs(native_args: tuple[str, ...], rank: int) -> None:
-    assert node_rank(native_args) == rank
