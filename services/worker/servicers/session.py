@@ -178,6 +178,9 @@ class Session:
             del self._legs[leg], self._request_ids[leg]
             if entry is not None:
                 entry.done()
+            if leg not in self._news:
+                # Its last word has been sent already: the engine took longer to let go of it.
+                del self._sent_tokens[leg]
 
     def _add(self, leg: int, response: generate_pb2.GenerateResponse) -> None:
         update = self._update(leg)
