@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -17,8 +18,12 @@ from google.rpc import status_pb2
 from kvbaton.client import Client, SamplingParams
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, session_pb2, session_pb2_grpc, worker_pb2
+from services.frontend.link.protocol import LegEvent, LegFailed
+from services.frontend.link.session import SessionLink
 from services.requests import Role, Sampling
 from services.worker.engines.simulated.oracle import expected_tokens as simulated_tokens
+from services.worker.leg_runner import LegRunner
+from services.worker.servicers.session import Session
 from tests.support.cluster import FakeCluster, HostedWorker
 from tests.support.fake_engine import expected_tokens
 from tests.support.processes import Processes, answering
@@ -180,6 +185,47 @@ async def test_the_heartbeat_tells_how_long_the_engine_has_been_silent(raw: RawS
         return response.live_legs == 1 and response.engine_silence.ToNanoseconds() > 0.5e9
 
     await eventually(silence, within=5)
+
+
+async def test_an_abort_never_overtakes_its_own_leg(cluster: FakeCluster, worker: HostedWorker) -> None:
+    """The worker ignores aborts of legs that it doesn't know: the leg would run to its end."""
+    link = SessionLink(
+        grpc.aio.insecure_channel(worker.endpoint),
+        worker.host.incarnation,
+        worker="worker",
+        leg="aggregated",
+        heartbeat=2.0,
+        changed=lambda: None,
+    )
+    await eventually(lambda: link.healthy)
+    worker.engine.behaviour.hang = True
+    heard: list[LegEvent] = []
+    request = generate_pb2.GenerateRequest(request_id="0" * 32, token_ids=generate_pb2.TokenIds(ids=[5]))
+    leg = link.submit(request, heard.append)
+    leg.abort()
+    async with asyncio.timeout(2):
+        await leg.ended()
+    await asyncio.sleep(0.2)
+    assert [type(event) for event in heard] == [LegFailed]
+    assert worker.engine.seen == []
+    await link.close()
+
+
+async def test_nothing_is_kept_of_a_leg_whose_engine_lets_go_late(worker: HostedWorker) -> None:
+    class LateRunner:
+        async def run(self, request: object, headers: object, accepted: object) -> AsyncIterator[object]:
+            yield generate_pb2.GenerateResponse(token_ids=[1], finished=generate_pb2.Finished())
+            await asyncio.sleep(0.1)
+
+    async def commands() -> AsyncIterator[session_pb2.ConnectRequest]:
+        yield session_pb2.ConnectRequest(submit=session_pb2.SubmitLeg(leg=1))
+        await asyncio.sleep(0.3)
+
+    session = Session(worker.host._core, cast("LegRunner", LateRunner()), heartbeat=0.05)
+    reading = asyncio.create_task(session.read(commands()))
+    updates = [update async for response in session.responses(reading) for update in response.updates]
+    assert [update.HasField("finished") for update in updates] == [True]
+    assert not session._sent_tokens
 
 
 @pytest_asyncio.fixture

@@ -17,7 +17,7 @@ import grpc.aio
 import structlog
 from google.rpc import status_pb2
 
-from kvbaton.errors import Reason, RequestError
+from kvbaton.errors import Reason, RequestError, cancelled
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc, session_pb2, session_pb2_grpc, worker_pb2
 from services.frontend.link.credits import SessionCredits
 from services.frontend.link.proof import RELEASE_DEADLINE, prove_ended
@@ -58,7 +58,9 @@ class SessionLink:
         self._credits = SessionCredits(0)
         self._numbers = itertools.count(1)
         self._legs: dict[int, SessionLeg] = {}
-        self._commands: deque[session_pb2.ConnectRequest] = deque()
+        # What is sent before any submit, and the legs that wait to be sent, oldest first.
+        self._urgent: deque[session_pb2.ConnectRequest] = deque()
+        self._unsent: dict[int, session_pb2.ConnectRequest] = {}
         self._command = asyncio.Event()
         self._heard_at = 0.0
         self._healthy = False
@@ -99,7 +101,7 @@ class SessionLink:
 
     def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink, credit: Credit | None) -> SessionLeg:
         """See `WorkerLink`."""
-        leg = SessionLeg(self, next(self._numbers), request, sink)
+        leg = SessionLeg(self, next(self._numbers), request, sink, credit)
         lost = credit is not None and credit.session != self._credits.session
         if lost or not self._healthy:
             if credit is not None:
@@ -109,14 +111,20 @@ class SessionLink:
             return leg
         self._legs[leg.number] = leg
         submit = session_pb2.SubmitLeg(leg=leg.number, request=request)
-        self._commands.append(session_pb2.ConnectRequest(submit=submit))
+        self._unsent[leg.number] = session_pb2.ConnectRequest(submit=submit)
         self._command.set()
         return leg
 
     def send_abort(self, number: int) -> None:
-        """Ahead of every submit that waits to be sent."""
-        if number in self._legs:
-            self._commands.appendleft(session_pb2.ConnectRequest(abort=session_pb2.AbortLeg(leg=number)))
+        """Ahead of every submit that waits to be sent. A leg that waits itself is never sent."""
+        if self._unsent.pop(number, None) is not None:
+            leg = self._legs.pop(number)
+            if leg.credit is not None:
+                self.give_back(leg.credit)
+            leg.fail(cancelled("aborted before it was sent"))
+            leg.released.set()
+        elif number in self._legs:
+            self._urgent.append(session_pb2.ConnectRequest(abort=session_pb2.AbortLeg(leg=number)))
             self._command.set()
 
     async def close(self) -> None:
@@ -143,11 +151,12 @@ class SessionLink:
 
     async def _session(self) -> None:
         """One stream, until it ends. Raises AioRpcError."""
-        self._commands.clear()
+        self._urgent.clear()
+        self._unsent.clear()
         self._credits = SessionCredits(self._credits.session + 1)
         opening = session_pb2.OpenSession(incarnation=self._incarnation)
         opening.heartbeat.FromNanoseconds(int(self._heartbeat * 1e9))
-        self._commands.append(session_pb2.ConnectRequest(open=opening))
+        self._urgent.append(session_pb2.ConnectRequest(open=opening))
         self._command.set()
         call = self._sessions.Connect(self._outgoing())
         try:
@@ -166,8 +175,8 @@ class SessionLink:
         while True:
             await self._command.wait()
             self._command.clear()
-            while self._commands:
-                yield self._commands.popleft()
+            while self._urgent or self._unsent:
+                yield self._urgent.popleft() if self._urgent else self._unsent.pop(next(iter(self._unsent)))
             if (asked := self._credits.news()) is not None:
                 yield session_pb2.ConnectRequest(credits=asked)
 
@@ -226,8 +235,16 @@ class SessionLink:
 class SessionLeg:
     """One leg of a session; see `Leg`. `released` is set when the worker has let go of it."""
 
-    def __init__(self, link: SessionLink, number: int, request: generate_pb2.GenerateRequest, sink: LegSink) -> None:
+    def __init__(
+        self,
+        link: SessionLink,
+        number: int,
+        request: generate_pb2.GenerateRequest,
+        sink: LegSink,
+        credit: Credit | None,
+    ) -> None:
         self.number = number
+        self.credit = credit
         self.request_id = request.request_id
         self.released = asyncio.Event()
         self._link = link
