@@ -196,18 +196,23 @@ async def test_an_abort_never_overtakes_its_own_leg(cluster: FakeCluster, worker
         leg="aggregated",
         heartbeat=2.0,
         changed=lambda: None,
+        credits_came=lambda: None,
     )
     await eventually(lambda: link.healthy)
+    free = link.free_slots
+    link.ask(1)
+    credit = await eventually(link.take)
     worker.engine.behaviour.hang = True
     heard: list[LegEvent] = []
     request = generate_pb2.GenerateRequest(request_id="0" * 32, token_ids=generate_pb2.TokenIds(ids=[5]))
-    leg = link.submit(request, heard.append)
+    leg = link.submit(request, heard.append, credit)
     leg.abort()
     async with asyncio.timeout(2):
         await leg.ended()
     await asyncio.sleep(0.2)
     assert [type(event) for event in heard] == [LegFailed]
     assert worker.engine.seen == []
+    await eventually(lambda: link.free_slots == free, what="its credit has gone back")
     await link.close()
 
 
@@ -218,6 +223,7 @@ async def test_nothing_is_kept_of_a_leg_whose_engine_lets_go_late(worker: Hosted
             await asyncio.sleep(0.1)
 
     async def commands() -> AsyncIterator[session_pb2.ConnectRequest]:
+        yield session_pb2.ConnectRequest(credits=session_pb2.AskCredits(up_to=1))
         yield session_pb2.ConnectRequest(submit=session_pb2.SubmitLeg(leg=1))
         await asyncio.sleep(0.3)
 
