@@ -112,8 +112,9 @@ async def test_a_full_queue_refuses_at_once_with_retry_info(small: FakeCluster) 
     await small.start_worker(Role.PREFILL)
     decode = await small.start_worker(Role.DECODE, Behaviour(hang=True), window=1)
     await small.routable(2)
-    running = [asyncio.create_task(small.client.generate(token_ids=PROMPT, sampling=GREEDY)) for _ in range(3)]
+    running = [asyncio.create_task(small.client.generate(token_ids=PROMPT, sampling=GREEDY))]
     await eventually(lambda: len(decode.engine.live) == 1)
+    running += [asyncio.create_task(small.client.generate(token_ids=PROMPT, sampling=GREEDY)) for _ in range(2)]
     await asyncio.sleep(0.2)
     began = time.monotonic()
     with pytest.raises(RequestError) as caught:
