@@ -21,7 +21,7 @@ class _ParsedError(Exception):
 def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> FrontendConfig | WorkerConfig:
     """The configuration that `kvbaton ARGUMENTS...` would run with. Fails the test where the command refuses them."""
 
-    def parsed(config: FrontendConfig | WorkerConfig) -> int:
+    def parsed(config: FrontendConfig | WorkerConfig, _: object = ()) -> int:
         raise _ParsedError(config)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -106,8 +106,10 @@ def test_the_longest_token_may_be_an_added_one(make_tokenizer: MakeTokenizer) ->
 def test_no_token_holds_more_characters_than_the_longest(
     smollm2: TextTokenizer, byte_level: TextTokenizer, llama_style: TextTokenizer, text: str
 ) -> None:
-    for tokenizer in (smollm2, byte_level, llama_style):
-        assert len(text) <= len(tokenizer._encode(text, False)) * tokenizer.longest_token
+    # SmolLM2's vocabulary has not all bytes: some control characters become no token at all.
+    printable = "".join(character for character in text if character.isprintable() or character.isspace())
+    for tokenizer, encoded in ((smollm2, printable), (byte_level, text), (llama_style, text)):
+        assert len(encoded) <= len(tokenizer._encode(encoded, False)) * tokenizer.longest_token
 
 
 def test_truncation_and_padding_of_the_file_are_not_applied(make_tokenizer: MakeTokenizer) -> None:
