@@ -69,6 +69,46 @@ class LogFlags:
     log_format: Literal["console", "json"] = flag("console", "lines for people or for machines")
 
 
+# What the longest request is taken to be where its length is not known.
+_LONGEST_PROMPT = 131072
+_LARGEST_CACHE = 16 * 2**30
+_BACKSTOP_MARGIN = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseFlags:
+    """How long the phases before the first token may take. Frontends keep these deadlines, by abort.
+
+    Workers derive from them when their engine gives up by itself, so give both the same.
+    """
+
+    prefill_timeout: float = flag(60.0, "seconds from dispatch until prefill's token, for an empty prompt")
+    prefill_timeout_per_1k: float = flag(2.0, "more of them for every 1000 prompt tokens")
+    transfer_timeout: float = flag(10.0, "seconds from prefill's token until decode's first, for an empty KV cache")
+    transfer_timeout_per_gib: float = flag(10.0, "more of them for every GiB of KV cache")
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_timeout", "transfer_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        for name in ("prefill_timeout_per_1k", "transfer_timeout_per_gib"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+
+    def prefill(self, prompt_tokens: int) -> float:
+        """Seconds for a prompt of that length."""
+        return self.prefill_timeout + self.prefill_timeout_per_1k * prompt_tokens / 1000
+
+    def transfer(self, cache_bytes: int) -> float:
+        """Seconds for a KV cache of that size."""
+        return self.transfer_timeout + self.transfer_timeout_per_gib * cache_bytes / 2**30
+
+    @property
+    def backstop(self) -> float:
+        """Later than every deadline before the first token, for all but absurdly long prompts."""
+        return self.prefill(_LONGEST_PROMPT) + self.transfer(_LARGEST_CACHE) + _BACKSTOP_MARGIN
+
+
 @dataclass(frozen=True, slots=True)
 class TraceFlags:
     """OpenTelemetry; where spans go is in the standard OTEL_* variables."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from services.config.common import EtcdFlags, LogFlags, TlsFlags, TraceFlags
+from services.config.common import EtcdFlags, LogFlags, PhaseFlags, TlsFlags, TraceFlags
 from services.config.flags import flag, group
 
 
@@ -24,10 +24,7 @@ class FrontendConfig:
     max_buffered_bytes: int = flag(1 << 20, "bytes of an answer that its client may leave unread before it is ended")
     queue_timeout: float = flag(30.0, "seconds until a request has workers")
     check_pairs: bool = flag(True, "prove each pair with a one-page request before its first real one")
-    prefill_timeout: float = flag(60.0, "seconds from dispatch until prefill's token, for an empty prompt")
-    prefill_timeout_per_1k: float = flag(2.0, "more of them for every 1000 prompt tokens")
-    transfer_timeout: float = flag(10.0, "seconds from prefill's token until decode's first, for an empty KV cache")
-    transfer_timeout_per_gib: float = flag(10.0, "more of them for every GiB of KV cache")
+    phases: PhaseFlags = group(PhaseFlags)
     token_gap_timeout: float = flag(30.0, "seconds between two tokens")
     total_timeout: float = flag(1800.0, "seconds that one request may take")
     unregistered_grace: float = flag(
@@ -45,8 +42,6 @@ class FrontendConfig:
         positive = (
             "heartbeat",
             "queue_timeout",
-            "prefill_timeout",
-            "transfer_timeout",
             "token_gap_timeout",
             "total_timeout",
             "drain_timeout",
@@ -54,9 +49,8 @@ class FrontendConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        for name in ("prefill_timeout_per_1k", "transfer_timeout_per_gib", "retries"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+        if self.retries < 0:
+            raise ValueError("--retries must not be negative")
         for name in ("max_live_requests", "max_queued_requests", "max_buffered_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")

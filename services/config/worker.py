@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from services.config.common import EtcdFlags, LogFlags, TlsFlags, TraceFlags
+from services.config.common import EtcdFlags, LogFlags, PhaseFlags, TlsFlags, TraceFlags
 from services.config.flags import DEFAULT, ENV_PREFIX, flag, group, options_of
 from services.config.yaml_file import ConfigFile
 from services.modes import DisaggregationMode, Mode
@@ -101,9 +101,14 @@ class WorkerConfig:
     )
     drain_grace: float = flag(1.0, "seconds after the withdrawal in which requests are still accepted")
     drain_timeout: float = flag(30.0, "seconds that running requests have to finish on SIGTERM")
-    backstop_timeout: float = flag(180.0, "seconds until SGLang itself gives up a hand-shake or transfer")
+    backstop_timeout: float | None = flag(
+        None,
+        "seconds until the engine itself gives up a hand-shake or transfer; default: 10 more than --prefill-timeout and"
+        " --transfer-timeout give 128k tokens and 16 GiB",
+    )
     lease_ttl: float = flag(10.0, "seconds until etcd forgets a worker that doesn't renew")
 
+    phases: PhaseFlags = group(PhaseFlags)
     etcd: EtcdFlags = group(EtcdFlags)
     tls: TlsFlags = group(TlsFlags)
     log: LogFlags = group(LogFlags)
@@ -115,12 +120,13 @@ class WorkerConfig:
             "canary_interval",
             "engine_silence_timeout",
             "drain_timeout",
-            "backstop_timeout",
             "lease_ttl",
             "model_timeout",
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if self.backstop_timeout is not None and self.backstop_timeout <= 0:
+            raise ValueError("--backstop-timeout must be positive")
         if self.window < 0:
             raise ValueError("--window must not be negative")
         if self.drain_grace < 0:
@@ -134,6 +140,11 @@ class WorkerConfig:
         if not self.skip_tokenizer_init:
             raise ValueError("--no-skip-tokenizer-init: workers take token ids only, the frontend has the tokenizer")
         self._check_nodes()
+
+    @property
+    def backstop(self) -> float:
+        """Seconds until the engine itself gives up; the deadlines of frontends come first."""
+        return self.phases.backstop if self.backstop_timeout is None else self.backstop_timeout
 
     def _check_nodes(self) -> None:
         nnodes, rank = self.nnodes or 1, self.node_rank or 0

@@ -141,8 +141,8 @@ class GenerationService:
         cache_bytes = prompt_tokens * worker.record.runtime.kv_bytes_per_token
         return Deadlines(
             queue=config.queue_timeout,
-            prefill=config.prefill_timeout + config.prefill_timeout_per_1k * prompt_tokens / 1000,
-            transfer=config.transfer_timeout + config.transfer_timeout_per_gib * cache_bytes / 2**30,
+            prefill=config.phases.prefill(prompt_tokens),
+            transfer=config.phases.transfer(cache_bytes),
             token_gap=config.token_gap_timeout,
             total=config.total_timeout,
         )

@@ -158,7 +158,7 @@ class _Process:
                 native_file=config.native_file,
                 kv_events=config.kv_events,
                 metrics=config.enable_metrics,
-                backstop_timeout_s=config.backstop_timeout,
+                backstop_timeout_s=config.backstop,
             )
         )
 
@@ -210,7 +210,7 @@ def _resolve_model(config: WorkerConfig) -> ResolvedModel:
 def _simulated_engine(config: WorkerConfig, transfer_host: str) -> Engine:
     from services.worker.engines.simulated import Addresses, SimulatedEngine, parse_options
 
-    timeout = config.backstop_timeout
+    timeout = config.backstop
     defaults: dict[str, float] = {"bootstrap_timeout": timeout, "waiting_timeout": timeout}
     sizes = {"page_size": config.page_size, "dp_size": config.dp}
     defaults |= {name: size for name, size in sizes.items() if size is not None}

@@ -12,6 +12,7 @@ import pytest
 from kvbaton.client import Bootstrap, ChatMessage, SamplingParams
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc, health_pb2, health_pb2_grpc, worker_pb2
+from services.config.common import PhaseFlags
 from services.requests import Role
 from tests.support.cluster import MODEL, FakeCluster
 from tests.support.fake_engine import expected_tokens
@@ -406,8 +407,7 @@ async def test_nothing_hangs_longer_than_the_frontends_deadlines(etcd_endpoint: 
         etcd_endpoint,
         "deadlines",
         model_folder,  # type: ignore[arg-type]
-        prefill_timeout=0.5,
-        transfer_timeout=0.5,
+        phases=PhaseFlags(prefill_timeout=0.5, transfer_timeout=0.5),
         token_gap_timeout=0.3,
         total_timeout=1.5,
     ) as cluster:

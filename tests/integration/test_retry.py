@@ -45,6 +45,20 @@ async def test_a_failing_worker_costs_no_request_while_another_pair_is_there(
     assert bad.engine.seen, "the failing worker was really tried"
 
 
+@pytest.mark.parametrize(("failing", "only"), [(Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)])
+async def test_the_only_peer_of_a_failing_worker_is_not_given_up(
+    cluster: FakeCluster, failing: Role, only: Role
+) -> None:
+    """A hand-over that failed may be either one's fault; where one role has a single worker, the other one is tried."""
+    bad = await cluster.start_worker(failing, Behaviour(abort_message="transfer failed"))
+    await cluster.start_worker(failing)
+    await cluster.start_worker(only)
+    await cluster.routable(3)
+    answers = [await cluster.client.generate(token_ids=PROMPT, sampling=GREEDY) for _ in range(4)]
+    assert all(answer.token_ids == expected_tokens(PROMPT, 8) for answer in answers)
+    assert bad.engine.seen, "the failing worker was really tried"
+
+
 async def test_every_attempt_has_its_own_room_and_ids(cluster: FakeCluster) -> None:
     _, good = await two_and_two(cluster, Role.PREFILL, Behaviour(abort_message="transfer failed"))
     for _ in range(4):

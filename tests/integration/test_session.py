@@ -18,6 +18,7 @@ from google.rpc import status_pb2
 from kvbaton.client import Client, SamplingParams
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, session_pb2, session_pb2_grpc, worker_pb2
+from services.decode.contract import AggregatedContract
 from services.frontend.link.protocol import LegEvent, LegFailed
 from services.frontend.link.session import SessionLink
 from services.requests import Role, Sampling
@@ -214,6 +215,24 @@ async def test_an_abort_never_overtakes_its_own_leg(cluster: FakeCluster, worker
     assert worker.engine.seen == []
     await eventually(lambda: link.free_slots == free, what="its credit has gone back")
     await link.close()
+
+
+async def test_an_abort_right_behind_its_leg_ends_it_and_frees_its_slot(worker: HostedWorker) -> None:
+    """The leg's task is cancelled before its first step."""
+    session = Session(worker.host._core, LegRunner(worker.host._core, AggregatedContract()), heartbeat=0.05)
+    window = worker.host._core.window
+    assert window is not None
+    assert session._credits is not None
+    session._credits.ask(up_to=1, returned=0)
+    free = window.free
+    session._submit(session_pb2.SubmitLeg(leg=1, request=generate_pb2.GenerateRequest(request_id="quick")))
+    await session._abort(1)
+    await eventually(lambda: not session._legs)
+    (update,) = session._take_news().updates
+    error = RequestError.from_rpc_status(status_pb2.Status.FromString(update.error))
+    assert error.code is grpc.StatusCode.CANCELLED
+    assert not session._sent_tokens
+    assert (window.entering, window.free) == (0, free + 1)
 
 
 async def test_nothing_is_kept_of_a_leg_whose_engine_lets_go_late(worker: HostedWorker) -> None:

@@ -120,6 +120,8 @@ class FakeEngine:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
         self.seen.append(request)
         stop = self.live[request.engine_id] = asyncio.Event()
+        if request.engine_id in self.aborted:
+            stop.set()  # the abort was quicker
         try:
             if self.behaviour.abort_message:
                 yield EngineDelta([], EngineFinish(Finish.ABORT, message=self.behaviour.abort_message, status=500))

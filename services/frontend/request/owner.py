@@ -170,7 +170,7 @@ class RequestOwner:
             except RequestError as error:
                 if self.state is State.DECODING or not self._retry.allows(error, placement):
                     raise
-                again = self._queue.enter_again(self._ticket, frozenset(self._retry.excluded))
+                again = next(filter(None, map(self._enter_again, self._retry.exclusions())), None)
                 if again is None:
                     raise  # nobody is left to try: what failed is the better answer
                 self._ticket = again
@@ -190,6 +190,9 @@ class RequestOwner:
                 if isinstance(item.result, RequestError):
                     raise item.result
                 return item.result
+
+    def _enter_again(self, excluded: frozenset[str]) -> Ticket | None:
+        return self._queue.enter_again(self._ticket, excluded)
 
     async def _pause(self) -> None:
         """A moment before the next attempt. Raises what ends the request meanwhile."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError
 from services.frontend.router.placement import Placement
+from services.requests import Role
 
 # The worker that says so, or that can't be reached, is at fault; its peer is not.
 _ONE_WORKERS_FAULT = frozenset(
@@ -30,21 +33,36 @@ _JITTER_SECONDS = 0.05
 
 @dataclass
 class RetryPolicy:
-    """Attempts of one request before its first token. `excluded` are instance ids."""
+    """Attempts of one request before its first token."""
 
     retries_left: int
-    excluded: set[str] = field(default_factory=set[str])
+    # Instance ids of workers that failed it, and by role of those that may have.
+    _failed: set[str] = field(default_factory=set[str])
+    _suspects: dict[Role, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def allows(self, error: RequestError, placement: Placement) -> bool:
-        """Whether to try again; excludes the workers at fault."""
+        """Whether to try again; remembers the workers at fault."""
         if self.retries_left <= 0 or not retryable(error):
             return False
         self.retries_left -= 1
         at_fault = [worker for worker in placement.workers if worker.role.value == error.leg]
         if error.reason in _EITHER_ONES_FAULT or not at_fault:
-            at_fault = placement.workers
-        self.excluded.update(worker.instance_id for worker in at_fault)
+            for worker in placement.workers:
+                self._suspects[worker.role].add(worker.instance_id)
+        else:
+            self._failed.update(worker.instance_id for worker in at_fault)
         return True
+
+    def exclusions(self) -> Iterator[frozenset[str]]:
+        """Instance ids to do without, the safest choice first.
+
+        Of two workers that may both be the cause one is innocent: without another pair, another prefill with the
+        same decode will do, or the other way round.
+        """
+        suspects = self._suspects
+        yield frozenset(self._failed.union(*suspects.values()))
+        for role in list(suspects):
+            yield frozenset(self._failed | suspects[role])
 
     def pause(self) -> float:
         """Seconds until the next attempt: a little, and not the same for every request of a failed worker."""

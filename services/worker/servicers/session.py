@@ -142,9 +142,10 @@ class Session:
         except RequestError as error:
             self._refuse(submit.leg, error)
             return
-        self._legs[submit.leg] = asyncio.create_task(
-            self._run(submit.leg, submit.request, entry), name=f"leg {submit.leg}"
-        )
+        task = asyncio.create_task(self._run(submit.leg, submit.request, entry), name=f"leg {submit.leg}")
+        self._legs[submit.leg] = task
+        # Not in the task itself: one that is cancelled before its first step runs no line of its own.
+        task.add_done_callback(lambda task: self._ended(submit.leg, task, entry))
 
     async def _abort(self, leg: int) -> None:
         if leg in self._legs and not await self._core.legs.abort(self._request_ids[leg]):
@@ -168,19 +169,19 @@ class Session:
                     self._add(leg, response)
         except RequestError as error:
             self._fail(leg, error)
-        except asyncio.CancelledError:
-            self._fail(leg, cancelled("aborted"))
-            raise
         except Exception as error:
             log.error("leg failed", exc_info=error)
             self._fail(leg, RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
-        finally:
-            del self._legs[leg], self._request_ids[leg]
-            if entry is not None:
-                entry.done()
-            if leg not in self._news:
-                # Its last word has been sent already: the engine took longer to let go of it.
-                del self._sent_tokens[leg]
+
+    def _ended(self, leg: int, task: asyncio.Task[None], entry: Entry | None) -> None:
+        if task.cancelled():
+            self._fail(leg, cancelled("aborted"))
+        del self._legs[leg], self._request_ids[leg]
+        if entry is not None:
+            entry.done()
+        if leg not in self._news:
+            # Its last word has been sent already: the engine took longer to let go of it.
+            del self._sent_tokens[leg]
 
     def _add(self, leg: int, response: generate_pb2.GenerateResponse) -> None:
         update = self._update(leg)

@@ -103,7 +103,7 @@ def test_agg_starts_a_frontend_and_an_aggregated_worker(run: Run) -> None:
     assert isinstance(frontend, FrontendConfig)
     assert (frontend.port, frontend.http_port) == (script.ports["FRONTEND_PORT"], script.ports["HTTP_PORT"])
     assert (worker.role, worker.model_path, worker.served_model_name) == (Role.AGGREGATED, "org/model", "m")
-    assert worker.native_args == ("--tp", "2")
+    assert worker.tp == 2
     assert (worker.port, worker.system_port) == (script.ports["WORKER_PORT"], script.ports["SYSTEM_PORT"])
 
 
@@ -115,7 +115,7 @@ def test_disagg_starts_a_pair_that_shares_flags_and_nothing_else(run: Run) -> No
         config = process.worker()
         assert (config.role, config.model_path, config.page_size) == (role, "org/model", 16)
         assert config.disaggregation_transfer_backend == "nixl"
-        assert config.native_args == ("--trust-remote-code",)
+        assert config.trust_remote_code
         ports = (script.ports[f"{role.upper()}_PORT"], script.ports[f"{role.upper()}_SYSTEM_PORT"])
         assert (config.port, config.system_port) == ports
     assert prefill.worker().disaggregation_bootstrap_port == script.ports["BOOTSTRAP_PORT"]
