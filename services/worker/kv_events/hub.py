@@ -21,8 +21,8 @@ from services.worker.kv_events.mirror import Block, RankMirror
 
 log = structlog.get_logger()
 
-# A change of a page or a few is some 200 bytes.
-KEPT_CHANGES = 16384
+# For those who come back after a moment; later ones get a snapshot. A change of a page or a few is up to a kilobyte.
+KEPT_CHANGES = 2048
 QUEUED_CHANGES = 4096
 
 
