@@ -22,6 +22,7 @@ class FrontendConfig:
     max_live_requests: int = flag(4096, "requests accepted at once; more get RESOURCE_EXHAUSTED")
     max_queued_requests: int = flag(1024, "requests that wait for workers; more get RESOURCE_EXHAUSTED")
     max_buffered_bytes: int = flag(1 << 20, "bytes of an answer that its client may leave unread before it is ended")
+    ready_queue_timeout: float = flag(5.0, "seconds that requests wait while no workers serve their model")
     queue_timeout: float = flag(30.0, "seconds until a request has workers")
     check_pairs: bool = flag(True, "prove each pair with a one-page request before its first real one")
     phases: PhaseFlags = group(PhaseFlags)
@@ -49,8 +50,9 @@ class FrontendConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        if self.retries < 0:
-            raise ValueError("--retries must not be negative")
+        for name in ("retries", "ready_queue_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
         for name in ("max_live_requests", "max_queued_requests", "max_buffered_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")

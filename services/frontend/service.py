@@ -42,6 +42,10 @@ class GenerationService:
         # Ended while they were being prepared.
         self._ended_early: dict[str, RequestError] = {}
         self._early_aborts = EarlyAborts()
+        # Of requests that came while nobody serves their model.
+        self._unready = 0
+        # Set, and replaced, when workers have changed or a request was ended.
+        self._news = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,7 +75,7 @@ class GenerationService:
         try:
             request_id = check_request_id(request.request_id) or uuid.uuid4().hex
             self._admit(request_id)
-            worker = self._router.find_model(request.model)
+            worker = await self._serving(request.model, request_id)
             model = worker.record.model.name
             # Before the prompt is tokenized: the credit comes meanwhile.
             ticket = self._queue.enter(model, priority=request.priority)
@@ -112,6 +116,11 @@ class GenerationService:
         self._end(request_id, cancelled())
         return True
 
+    def workers_changed(self) -> None:
+        """Some worker came, went, or can't be routed to any more."""
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
     async def drain(self, timeout: float) -> None:
         """Takes no new request, waits for the live ones, cancels what is left after `timeout` seconds."""
         self._draining = True
@@ -133,8 +142,34 @@ class GenerationService:
         owner = self._live[request_id]
         if owner is None:
             self._ended_early[request_id] = error
+            self.workers_changed()  # it may wait for them
         else:
             owner.end(error)
+
+    async def _serving(self, model: str, request_id: str) -> Worker:
+        """A worker that knows the model, waiting a while for one that serves it. Raises RequestError."""
+        try:
+            return self._router.find_model(model)
+        except RequestError as error:
+            if error.code is not grpc.StatusCode.UNAVAILABLE or self._unready >= self._config.max_queued_requests:
+                raise
+            unready = error
+        self._unready += 1
+        try:
+            async with asyncio.timeout(self._config.ready_queue_timeout):
+                while request_id not in self._ended_early:
+                    await self._news.wait()
+                    try:
+                        return self._router.find_model(model)
+                    except RequestError as error:
+                        if error.code is not grpc.StatusCode.UNAVAILABLE:
+                            raise
+                        unready = error
+        except TimeoutError:
+            raise unready from None
+        finally:
+            self._unready -= 1
+        raise self._ended_early[request_id]
 
     def _deadlines(self, worker: Worker, prompt_tokens: int) -> Deadlines:
         config = self._config

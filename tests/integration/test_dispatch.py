@@ -262,3 +262,33 @@ async def test_a_worker_refuses_a_priority_by_name(cluster: FakeCluster) -> None
             async for _ in generate_pb2_grpc.GenerateServiceStub(channel).Generate(hanging(3)):
                 pass
     assert RequestError.from_rpc_error(caught.value).field == "priority"
+
+
+async def test_requests_wait_for_workers_that_are_about_to_come(etcd_endpoint: str, model_folder: Path) -> None:
+    async with FakeCluster(
+        etcd_endpoint, f"t-{time.time_ns()}", model_folder, heartbeat=2.0, ready_queue_timeout=20.0
+    ) as cluster:
+        early = [asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY)) for _ in range(3)]
+        aborted = asyncio.create_task(
+            cluster.client.generate(token_ids=PROMPT, sampling=GREEDY, request_id="not any more")
+        )
+        await asyncio.sleep(0.3)
+        assert await cluster.client.abort("not any more")
+        with pytest.raises(RequestError) as caught:
+            await aborted
+        assert caught.value.code is grpc.StatusCode.CANCELLED
+        await cluster.start_worker(Role.AGGREGATED)
+        for answer in await asyncio.gather(*early):
+            assert answer.token_ids == expected_tokens(PROMPT, 8)
+
+
+async def test_requests_do_not_wait_longer_than_promised_for_workers(etcd_endpoint: str, model_folder: Path) -> None:
+    async with FakeCluster(
+        etcd_endpoint, f"t-{time.time_ns()}", model_folder, heartbeat=2.0, ready_queue_timeout=0.5
+    ) as cluster:
+        began = time.monotonic()
+        with pytest.raises(RequestError) as caught:
+            await cluster.client.generate(token_ids=PROMPT, sampling=GREEDY)
+        assert 0.4 < time.monotonic() - began < 3
+        assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.NO_WORKER)
+        assert caught.value.retry_after is not None

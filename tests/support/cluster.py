@@ -48,7 +48,7 @@ class FakeCluster:
         self.workers: list[HostedWorker] = []
         self._model_folder = model_folder
         # Tests that count an engine's requests want no others there.
-        config = FrontendConfig(port=0, http_port=0, check_pairs=False, etcd=self.etcd)
+        config = FrontendConfig(port=0, http_port=0, check_pairs=False, ready_queue_timeout=0.0, etcd=self.etcd)
         self._frontend_config = replace(config, **frontend)  # type: ignore[arg-type]
         self._stack = contextlib.AsyncExitStack()
 

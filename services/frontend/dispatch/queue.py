@@ -7,6 +7,7 @@ worker for as many as wait, and gives back what came too much.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from collections import Counter
@@ -30,11 +31,14 @@ _SHORTEST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 class DispatchQueue:
     """Belongs to the event loop. Told by `workers_changed` and `credits_came`; all its methods return at once."""
 
-    def __init__(self, router: Router, pairs: PairChecks, *, limit: int) -> None:
-        """At most `limit` requests wait at a time."""
+    def __init__(self, router: Router, pairs: PairChecks, *, limit: int, ready_timeout: float) -> None:
+        """At most `limit` requests wait at a time, and for `ready_timeout` seconds while there are no workers."""
         self._router = router
         self._pairs = pairs
         self._limit = limit
+        self._ready_timeout = ready_timeout
+        # By model without workers.
+        self._giving_up: dict[str, asyncio.TimerHandle] = {}
         self._lines: dict[str, Line] = {}
         self._numbers = itertools.count()
         self._priorities: Counter[int] = Counter()
@@ -131,16 +135,24 @@ class DispatchQueue:
 
     def _serve(self, model: str, line: Line) -> None:
         """Hands out what has come, then asks for what is still needed; a stream's credits come at once."""
-        if line and not self._router.targets(model):
-            error = self._router.no_worker(model)
-            for ticket in list(line):
-                self._settle(ticket, error)
+        if not self._router.targets(model):
+            if line and model not in self._giving_up:
+                loop = asyncio.get_running_loop()
+                self._giving_up[model] = loop.call_later(self._ready_timeout, self._give_up, model)
             return
+        if (timer := self._giving_up.pop(model, None)) is not None:
+            timer.cancel()
         self._hand_out(model, line)
         while True:
             self._ask(model, line)
             if not self._hand_out(model, line):
                 return
+
+    def _give_up(self, model: str) -> None:
+        del self._giving_up[model]
+        error = self._router.no_worker(model)
+        for ticket in list(self._lines[model]):
+            self._settle(ticket, error)
 
     def _hand_out(self, model: str, line: Line) -> bool:
         """Gives every credit that has come to the most urgent request; True when there were any."""

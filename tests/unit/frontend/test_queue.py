@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import pytest
@@ -94,12 +95,13 @@ class FakePairs:
 class House:
     """A queue in front of some decode workers, which all pair with all prefill workers."""
 
-    def __init__(self, *decodes: FakeWorker, prefills: int = 1, limit: int = 100) -> None:
+    def __init__(self, *decodes: FakeWorker, prefills: int = 1, limit: int = 100, ready_timeout: float = 0.0) -> None:
         self.decodes = list(decodes)
         self.prefills = [FakeWorker(f"p{number}", Role.PREFILL) for number in range(prefills)]
         targets = [Target(cast("Any", decode), tuple(cast("Any", self.prefills))) for decode in decodes]
         self.router, self.pairs = FakeRouter(targets), FakePairs()
-        self.queue = DispatchQueue(cast("Router", self.router), cast("PairChecks", self.pairs), limit=limit)
+        router, pairs = cast("Router", self.router), cast("PairChecks", self.pairs)
+        self.queue = DispatchQueue(router, pairs, limit=limit, ready_timeout=ready_timeout)
 
     def grant(self, decode: FakeWorker, count: int = 1) -> None:
         decode.link.granted += count
@@ -219,14 +221,28 @@ def test_there_is_no_retry_when_nobody_is_left() -> None:
     assert house.queue.enter_again(ticket, frozenset({"p0"})) is None
 
 
-def test_everybody_who_waits_is_told_when_the_last_worker_goes() -> None:
+async def test_everybody_who_waits_is_told_when_the_last_worker_goes() -> None:
     house = House(decode())
     ticket = house.queue.enter(MODEL)
     house.router.all = []
     house.queue.workers_changed()
+    await asyncio.sleep(0.01)
     gone = result(ticket)
     assert isinstance(gone, RequestError)
     assert gone.reason is Reason.NO_WORKER
+
+
+async def test_a_worker_that_comes_back_in_time_gets_who_waits() -> None:
+    house = House(worker := decode(), ready_timeout=0.05)
+    ticket = house.queue.enter(MODEL)
+    targets, house.router.all = house.router.all, []
+    house.queue.workers_changed()
+    house.router.all = targets
+    house.queue.workers_changed()
+    await asyncio.sleep(0.1)
+    assert ticket.waiting
+    house.grant(worker)
+    assert not ticket.waiting
 
 
 def test_every_pair_is_used_in_time() -> None:
