@@ -10,10 +10,11 @@ WORKDIR /src
 # --no-deps throughout: what the image has of torch, transformers and their kin stays as it is. The stubs of kvbaton/v1
 # need protobuf 7 and grpcio 1.84; structlog, uvicorn, fastapi and the rest are SGLang's own or have no requirements.
 COPY requirements/frontend.txt requirements/
-RUN grep -oE '^(aetcd|googleapis-common-protos|grpcio|grpcio-health-checking|grpcio-reflection|grpcio-status|hatchling|pathspec|pluggy|protobuf|structlog|trove-classifiers)==[^ ;]+' \
+RUN grep -oE '^(aetcd|googleapis-common-protos|grpcio|grpcio-health-checking|grpcio-reflection|grpcio-status|hatchling|opentelemetry-[a-z-]+|pathspec|pluggy|protobuf|structlog|trove-classifiers)==[^ ;]+' \
         requirements/frontend.txt > requirements/worker.txt \
     && pip install --no-deps -r requirements/worker.txt \
-    && pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1
+    && pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1 \
+        opentelemetry-exporter-otlp-proto-http==1.45.2 opentelemetry-exporter-http-transport==0.66b2
 COPY pyproject.toml README.md ./
 COPY kvbaton kvbaton
 COPY services services

@@ -68,8 +68,12 @@ def test_the_worker_image_gets_what_sglangs_image_lacks() -> None:
     text = (DOCKER / "worker.Dockerfile").read_text()
     (pattern,) = re.findall(r"grep -oE '(.+)'", text)
     installed = set(re.findall(pattern, (ROOT / "requirements" / "frontend.txt").read_text(), re.MULTILINE))
-    (listed,) = re.findall(r"pip install (aetcd .+)", (ROOT / "docs" / "install.md").read_text())
-    assert set(listed.split()) - {"nixl"} <= installed
+    (listed,) = re.findall(r"pip install (aetcd (?:.+\\\n)*.+)", (ROOT / "docs" / "install.md").read_text())
+    pinned = dict(re.findall(r" ([a-z0-9-]+)==([^\s\\]+)", text))
+    assert set(listed.replace("\\", "").split()) <= {name.partition("==")[0] for name in installed} | pinned.keys()
     assert {"grpcio", "protobuf", "hatchling"} <= installed
+    tested = locked("cpu.txt")
+    assert {name for name in pinned if name in tested and pinned[name] != tested[name]} == set()
+    assert {name for name in pinned if name.startswith("opentelemetry")} <= tested.keys()
     (nixl,) = re.findall(r"^nixl==(\S+)", (ROOT / "requirements" / "cpu-nodeps.txt").read_text(), re.MULTILINE)
     assert f" nixl=={nixl} " in text
