@@ -1,5 +1,7 @@
-"""Logs and metrics.
+"""Logs, metrics and traces.
 
 - `logging`: structlog set-up of a process
 - `metrics`: every metric that Baton itself exports, by name
+- `exposition`: the page of /metrics, from several sources
+- `tracing`: spans, and how their context travels; `otlp`: where they go
 """

@@ -6,10 +6,11 @@ import logging
 import sys
 
 import structlog
+from opentelemetry import trace
 
 
 def configure_logging(*, level: str, format: str, service: str) -> None:
-    """Configures structlog for this process; `service` stands in every event."""
+    """Configures structlog for this process; `service` stands in every event, the ids of a recorded span in its own."""
     numeric = logging.getLevelNamesMapping()[level.upper()]
     renderer: structlog.typing.Processor
     if format == "json":
@@ -20,6 +21,7 @@ def configure_logging(*, level: str, format: str, service: str) -> None:
         processors=[
             structlog.contextvars.merge_contextvars,
             _name_service(service),
+            _add_trace,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
@@ -31,6 +33,15 @@ def configure_logging(*, level: str, format: str, service: str) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=max(numeric, logging.WARNING), stream=sys.stderr, force=True)
+
+
+def _add_trace(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    span = trace.get_current_span()
+    if span.is_recording():
+        ids = span.get_span_context()
+        event["trace_id"] = trace.format_trace_id(ids.trace_id)
+        event["span_id"] = trace.format_span_id(ids.span_id)
+    return event
 
 
 def _name_service(service: str) -> structlog.typing.Processor:
