@@ -70,7 +70,7 @@ async def run(link: WorkerLink, concurrency: int, osl: int) -> tuple[int, float]
             token_ids=generate_pb2.TokenIds(ids=range(number + 1, number + 33)),
             sampling=generate_pb2.SamplingParams(max_new_tokens=osl, temperature=0),
         )
-        link.submit(request, sink, credits[number])
+        link.submit(request, sink, credits[number], {})
     await asyncio.wait_for(done.wait(), 300)
     return tokens, time.process_time() - started
 

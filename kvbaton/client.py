@@ -103,9 +103,11 @@ class Client:
         request_id: str = "",
         bootstrap: Bootstrap | None = None,
         timeout: float | None = None,
+        trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[GenerateResponse]:
         """The answer as it comes; the last message has `finished`. Exactly one of text, chat and token_ids.
 
+        `trace_headers` are the caller's W3C trace context: `traceparent`, `tracestate`.
         Leaving the iterator early cancels the request. Raises RequestError.
         """
         request = _request(text, chat, token_ids)
@@ -114,7 +116,8 @@ class Client:
             request.sampling.CopyFrom(sampling)
         if bootstrap is not None:
             request.bootstrap.CopyFrom(bootstrap)
-        call = self._generate.Generate(request, timeout=timeout or self._timeout)
+        metadata = tuple((trace_headers or {}).items())
+        call = self._generate.Generate(request, timeout=timeout or self._timeout, metadata=metadata)
         try:
             async for response in call:
                 yield response
@@ -134,6 +137,7 @@ class Client:
         request_id: str = "",
         bootstrap: Bootstrap | None = None,
         timeout: float | None = None,
+        trace_headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """The whole answer. Arguments and errors as for `stream`."""
         answer = Answer()
@@ -146,6 +150,7 @@ class Client:
             request_id=request_id,
             bootstrap=bootstrap,
             timeout=timeout,
+            trace_headers=trace_headers,
         ):
             answer.add(chunk)
         return answer

@@ -32,12 +32,21 @@ class OpenSession(_message.Message):
     def __init__(self, incarnation: _Optional[_Union[_worker_pb2.Incarnation, _Mapping]] = ..., heartbeat: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class SubmitLeg(_message.Message):
-    __slots__ = ("leg", "request")
+    __slots__ = ("leg", "request", "trace_headers")
+    class TraceHeadersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     LEG_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TRACE_HEADERS_FIELD_NUMBER: _ClassVar[int]
     leg: int
     request: _generate_pb2.GenerateRequest
-    def __init__(self, leg: _Optional[int] = ..., request: _Optional[_Union[_generate_pb2.GenerateRequest, _Mapping]] = ...) -> None: ...
+    trace_headers: _containers.ScalarMap[str, str]
+    def __init__(self, leg: _Optional[int] = ..., request: _Optional[_Union[_generate_pb2.GenerateRequest, _Mapping]] = ..., trace_headers: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class AbortLeg(_message.Message):
     __slots__ = ("leg",)

@@ -13,6 +13,7 @@ from services.config.frontend import FrontendConfig
 from services.config.report import Setting, for_log
 from services.frontend.server import Frontend
 from services.telemetry.logging import configure_logging
+from services.telemetry.tracing import configure_tracing
 from services.transport import PortTakenError
 
 log = structlog.get_logger()
@@ -22,14 +23,16 @@ def run_frontend(config: FrontendConfig, settings: Sequence[Setting] = ()) -> in
     """Runs the frontend until a signal ends it; `settings` are logged. Returns the exit status."""
     configure_logging(level=config.log.log_level, format=config.log.log_format, service="frontend")
     log.info("configuration", **for_log(settings))
-    if config.trace.enable_otel:
-        log.warning("--enable-otel: this version exports no traces yet")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    try:
+        flush_spans = configure_tracing(enabled=config.trace.enable_otel, service="kvbaton-frontend")
         try:
-            runner.run(_serve(config))
-        except (PortTakenError, ValueError) as error:
-            log.error("frontend can't start", error=str(error))
-            return 1
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(_serve(config))
+        finally:
+            flush_spans()
+    except (PortTakenError, ValueError) as error:
+        log.error("frontend can't start", error=str(error))
+        return 1
     log.info("stopped")
     return 0
 

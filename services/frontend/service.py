@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Mapping
 
 import grpc
 import structlog
@@ -19,10 +20,12 @@ from services.frontend.request.api import LiveRequest
 from services.frontend.request.deadlines import Deadlines
 from services.frontend.request.owner import RequestOwner
 from services.frontend.request.prepare import prepare
+from services.frontend.request.trace import RequestTrace
 from services.frontend.router.placement import Router
 from services.frontend.router.worker import Worker
 from services.requests import check_request_id
 from services.telemetry import metrics
+from services.telemetry.tracing import NO_HEADERS
 
 log = structlog.get_logger()
 
@@ -65,9 +68,12 @@ class GenerationService:
         """See `Generation`."""
         return self._router.models()
 
-    async def submit(self, request: generate_pb2.GenerateRequest) -> LiveRequest:
+    async def submit(
+        self, request: generate_pb2.GenerateRequest, trace_headers: Mapping[str, str] = NO_HEADERS
+    ) -> LiveRequest:
         """See `Generation`."""
         received = time.monotonic()
+        trace = RequestTrace(trace_headers)
         # The served name once it is known: what clients make up is no label.
         model = ""
         request_id = ""
@@ -88,6 +94,7 @@ class GenerationService:
             # Also when the caller left while its prompt was being tokenized. A refused duplicate forgets nothing.
             if self._live.get(request_id, self) is None:
                 self._forget(request_id)
+            trace.refused(request_id, model, error)
             if not isinstance(error, RequestError):
                 raise
             metrics.REQUESTS.labels(model, error.code.name).inc()
@@ -100,6 +107,7 @@ class GenerationService:
             retries=self._config.retries,
             max_buffered_bytes=self._config.max_buffered_bytes,
             received=received,
+            trace=trace,
             ended=self._request_ended,
         )
         self._live[request_id] = owner
@@ -245,6 +253,7 @@ class GenerationService:
             error=str(answer.error) if answer.error is not None else None,
             **{f"{phase}_s": round(seconds, 4) for phase, seconds in phases.items() if seconds is not None},
         )
+        owner.trace.ended(owner.request_id, owner.model, answer, phases)
 
 
 def shutting_down() -> RequestError:

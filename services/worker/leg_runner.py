@@ -5,14 +5,17 @@ GenerateService (one stream per leg) and WorkerSessionService (one stream for al
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 
 import grpc
+from opentelemetry.trace import Span
 
 from kvbaton.errors import Reason, RequestError, cancelled, invalid
 from kvbaton.v1 import generate_pb2
 from services.requests import Role, check_prompt, check_request_id, check_sampling
+from services.telemetry import tracing
 from services.worker.core import Loaded, WorkerCore
 from services.worker.engines.protocol import (
     EngineDeadError,
@@ -49,25 +52,53 @@ class LegRunner:
         Leaving it early aborts the leg.
         """
         received = time.monotonic()
-        request_id = check_request_id(request.request_id)
-        loaded = self._core.require_accepting()
-        engine_request = await self._checked(request, loaded, trace_headers)
-        legs = self._core.legs
-        self._core.require_accepting()  # still, after the checks have waited
-        leg = legs.admit(request_id, lambda leg: loaded.engine.generate(_with_engine_id(engine_request, leg)))
-        timings = _Timings(received, self._core.role)
+        with self._span(request, trace_headers) as span:
+            request_id = check_request_id(request.request_id)
+            loaded = self._core.require_accepting()
+            engine_request = await self._checked(request, loaded, tracing.headers_of(span))
+            legs = self._core.legs
+            self._core.require_accepting()  # still, after the checks have waited
+
+            def generate(leg: Leg) -> AsyncIterator[EngineDelta]:
+                return loaded.engine.generate(_with_engine_id(engine_request, leg))
+
+            leg = tracing.call_under(span, legs.admit, request_id, generate)
+            timings = _Timings(received, self._core.role)
+            try:
+                await accepted()
+                span.add_event("accepted")
+                async for delta in leg.deltas():
+                    if timings.token(delta):
+                        span.add_event("first token")
+                    if delta.finish is not None:
+                        _describe_end(span, delta.finish)
+                        if delta.finish.reason is Finish.ABORT:
+                            raise self._abort_error(leg, delta.finish)
+                    yield self._response(delta, leg, timings)
+            except (EngineRefusedError, EngineDeadError, RequestError) as error:
+                # The servicer knows the leg, its room and its id; the error itself may not.
+                raise self._typed(error).with_context(room=request.bootstrap.room, request_id=leg.request_id) from error
+            finally:
+                await legs.leave(leg)
+
+    @contextlib.contextmanager
+    def _span(self, request: generate_pb2.GenerateRequest, trace_headers: dict[str, str]) -> Generator[Span]:
+        """The leg's span, which isn't made current: a generator has no context of its own between two yields."""
+        span = tracing.server_span("kvbaton.leg", trace_headers)
+        if span.is_recording():
+            span.set_attribute("kvbaton.role", self._core.role)
+            span.set_attribute("kvbaton.worker", self._core.instance_id)
+            span.set_attribute("kvbaton.request_id", request.request_id)
+            span.set_attribute("kvbaton.room", f"{request.bootstrap.room:#x}")
+        error: RequestError | None = None
         try:
-            await accepted()
-            async for delta in leg.deltas():
-                timings.token(delta)
-                if delta.finish is not None and delta.finish.reason is Finish.ABORT:
-                    raise self._abort_error(leg, delta.finish)
-                yield self._response(delta, leg, timings)
-        except (EngineRefusedError, EngineDeadError, RequestError) as error:
-            # The servicer knows the leg, its room and its id; the error itself may not.
-            raise self._typed(error).with_context(room=request.bootstrap.room, request_id=leg.request_id) from error
+            yield span
+        except BaseException as raised:
+            error = tracing.as_request_error(raised)
+            raise
         finally:
-            await legs.leave(leg)
+            tracing.set_outcome(span, error)
+            span.end()
 
     async def _checked(
         self, request: generate_pb2.GenerateRequest, loaded: Loaded, trace_headers: dict[str, str]
@@ -146,9 +177,12 @@ class _Timings:
         self._submitted = time.monotonic()
         self._first: float | None = None
 
-    def token(self, delta: EngineDelta) -> None:
-        if self._first is None and delta.token_ids:
-            self._first = time.monotonic()
+    def token(self, delta: EngineDelta) -> bool:
+        """Whether it has the first token."""
+        if self._first is not None or not delta.token_ids:
+            return False
+        self._first = time.monotonic()
+        return True
 
     def write(self, timings: generate_pb2.Timings) -> None:
         now = time.monotonic()
@@ -160,6 +194,13 @@ class _Timings:
             timings.prefill.FromNanoseconds(int((self._first - self._submitted) * 1e9))
         if self._role is not Role.PREFILL:
             timings.decode.FromNanoseconds(int((now - self._first) * 1e9))
+
+
+def _describe_end(span: Span, finish: EngineFinish) -> None:
+    if span.is_recording():
+        span.set_attribute("gen_ai.response.finish_reasons", [finish.reason])
+        span.set_attribute("gen_ai.usage.input_tokens", finish.prompt_tokens)
+        span.set_attribute("gen_ai.usage.output_tokens", finish.completion_tokens)
 
 
 def _with_engine_id(request: EngineRequest, leg: Leg) -> EngineRequest:

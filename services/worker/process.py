@@ -26,7 +26,9 @@ from services.config.report import Setting, for_log
 from services.config.worker import WorkerConfig
 from services.models.resolve import ModelResolutionError, ResolvedModel, resolve_model_path, wait_for_model
 from services.modes import contract_of, mode_of
+from services.requests import Role
 from services.telemetry.logging import configure_logging
+from services.telemetry.tracing import configure_tracing
 from services.transport import PortTakenError, require_free_port
 from services.worker.advertise import AdvertiseError
 from services.worker.engines.protocol import Engine
@@ -39,6 +41,13 @@ log = structlog.get_logger()
 _EXPLAINED = (ModelResolutionError, ConfigError)
 _Host = WorkerHost | FollowerHost
 
+# service.name of the spans.
+_SERVICES = {
+    Role.PREFILL: "kvbaton-worker-prefill",
+    Role.DECODE: "kvbaton-worker-decode",
+    Role.AGGREGATED: "kvbaton-worker",
+}
+
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -49,16 +58,19 @@ def run_worker(config: WorkerConfig, settings: Sequence[Setting] = ()) -> int:
     """
     configure_logging(level=config.log.log_level, format=config.log.log_format, service=config.role)
     log.info("configuration", **for_log(settings))
-    if config.trace.enable_otel:
-        log.warning("--enable-otel: this version exports no traces yet")
     # Its first start unblocks signals, so it comes before the mask; the engine would start it anyway.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
+        # Behind the mask too: it starts threads.
+        flush_spans = configure_tracing(enabled=config.trace.enable_otel, service=_SERVICES[config.role])
         if mode_of(config.role).has_bootstrap and not config.node_rank:
             # SGLang's own server only logs that its port is taken, and the schedulers then register at whoever has it.
             require_free_port(config.host, config.disaggregation_bootstrap_port, flag="--disaggregation-bootstrap-port")
-        return _Process(config).run()
+        try:
+            return _Process(config).run()
+        finally:
+            flush_spans()
     except (ModelResolutionError, PortTakenError, AdvertiseError, ValueError) as error:
         log.error("worker can't start", error=str(error))
         return 1

@@ -206,7 +206,7 @@ async def test_an_abort_never_overtakes_its_own_leg(cluster: FakeCluster, worker
     worker.engine.behaviour.hang = True
     heard: list[LegEvent] = []
     request = generate_pb2.GenerateRequest(request_id="0" * 32, token_ids=generate_pb2.TokenIds(ids=[5]))
-    leg = link.submit(request, heard.append, credit)
+    leg = link.submit(request, heard.append, credit, {})
     leg.abort()
     async with asyncio.timeout(2):
         await leg.ended()

@@ -22,6 +22,7 @@ from services.frontend.request.prepare import PreparedRequest
 from services.frontend.router.placement import Placement
 from services.frontend.router.worker import Worker
 from services.requests import Role, Sampling
+from services.telemetry import tracing
 
 log = structlog.get_logger()
 
@@ -149,7 +150,7 @@ class _Page:
             sampling=Sampling(max_new_tokens=2, temperature=0.0, ignore_eos=True),
             text=None,
         )
-        self._attempt = Attempt(prepared, placement, self._hear)
+        self._attempt = Attempt(prepared, placement, self._hear, tracing.UNSAMPLED)
         self._dispatched = False
 
     async def handed_over(self) -> None:

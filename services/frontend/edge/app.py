@@ -25,6 +25,8 @@ def create_app(
         redoc_url=None,
         # "/v1/models/" is an unknown route, not another name of one.
         redirect_slashes=False,
+        # FastAPI's own spans, one for every scrape and probe too. Versions without them take any keyword.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     errors.install(app)
     app.include_router(generation_routes.router(generation, options or EdgeOptions()))

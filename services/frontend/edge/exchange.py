@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 
 import structlog
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -15,6 +16,7 @@ from services.frontend.edge.errors import error_body, internal_error
 from services.frontend.edge.responses import AnswerFormat, event
 from services.frontend.edge.translate import Call
 from services.frontend.request.api import Finished, Generation, Output
+from services.telemetry.tracing import pick_headers
 
 _LOG = structlog.get_logger()
 
@@ -51,7 +53,8 @@ class Exchange(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application; the request's body must have been read."""
-        answering = asyncio.create_task(self._answer(send), name="http-answer")
+        trace_headers = pick_headers(Headers(scope=scope).items())
+        answering = asyncio.create_task(self._answer(send, trace_headers), name="http-answer")
         leaving = asyncio.create_task(_client_left(receive), name="http-client-left")
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -63,9 +66,9 @@ class Exchange(Response):
             if not task.cancelled():
                 task.result()
 
-    async def _answer(self, send: Send) -> None:
+    async def _answer(self, send: Send, trace_headers: Mapping[str, str]) -> None:
         try:
-            async with _outputs_of(self._generation, self._call) as outputs:
+            async with _outputs_of(self._generation, self._call, trace_headers) as outputs:
                 await (self._send_events(outputs, send) if self._stream else self._send_whole(outputs, send))
         except RequestError as error:
             raise self._call.in_openai_terms(error) from error
@@ -130,9 +133,11 @@ class Exchange(Response):
 
 
 @asynccontextmanager
-async def _outputs_of(generation: Generation, call: Call) -> AsyncGenerator[AsyncIterator[Output], None]:
+async def _outputs_of(
+    generation: Generation, call: Call, trace_headers: Mapping[str, str]
+) -> AsyncGenerator[AsyncIterator[Output], None]:
     """The outputs of a request that is over, one way or the other, when the context ends."""
-    live = await generation.submit(call.request)
+    live = await generation.submit(call.request, trace_headers)
     outputs = live.outputs()
     try:
         yield outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,10 +94,16 @@ class WorkerLink(Protocol):
         """It isn't needed."""
         ...
 
-    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink, credit: Credit | None) -> Leg:
+    def submit(
+        self,
+        request: generate_pb2.GenerateRequest,
+        sink: LegSink,
+        credit: Credit | None,
+        trace_headers: Mapping[str, str],
+    ) -> Leg:
         """Sends one leg. `request.request_id` is 32 hex digits and fresh. Never raises: failures reach the sink.
 
-        `credit` is spent by it; None for prefill legs.
+        `credit` is spent by it; None for prefill legs. `trace_headers` are W3C's, empty without a trace.
         """
         ...
 

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import grpc
 import grpc.aio
@@ -99,7 +99,13 @@ class SessionLink:
         self._credits.give_back(credit)
         self._command.set()
 
-    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink, credit: Credit | None) -> SessionLeg:
+    def submit(
+        self,
+        request: generate_pb2.GenerateRequest,
+        sink: LegSink,
+        credit: Credit | None,
+        trace_headers: Mapping[str, str],
+    ) -> SessionLeg:
         """See `WorkerLink`."""
         leg = SessionLeg(self, next(self._numbers), request, sink, credit)
         lost = credit is not None and credit.session != self._credits.session
@@ -110,7 +116,7 @@ class SessionLink:
             leg.released.set()
             return leg
         self._legs[leg.number] = leg
-        submit = session_pb2.SubmitLeg(leg=leg.number, request=request)
+        submit = session_pb2.SubmitLeg(leg=leg.number, request=request, trace_headers=trace_headers)
         self._unsent[leg.number] = session_pb2.ConnectRequest(submit=submit)
         self._command.set()
         return leg

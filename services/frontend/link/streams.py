@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import grpc
 import grpc.aio
@@ -60,9 +61,16 @@ class StreamLink:
     def give_back(self, credit: Credit) -> None:
         """Nothing was reserved for it."""
 
-    def submit(self, request: generate_pb2.GenerateRequest, sink: LegSink, credit: Credit | None) -> StreamLeg:
+    def submit(
+        self,
+        request: generate_pb2.GenerateRequest,
+        sink: LegSink,
+        credit: Credit | None,
+        trace_headers: Mapping[str, str],
+    ) -> StreamLeg:
         """See `WorkerLink`."""
-        call = self._stub.Generate(request, timeout=self._total_timeout + _BACKSTOP)
+        timeout = self._total_timeout + _BACKSTOP
+        call = self._stub.Generate(request, timeout=timeout, metadata=tuple(trace_headers.items()))
         leg = StreamLeg(self._stub, call, request, sink, worker=self._worker, leg=self._leg)
         self._legs.add(leg)
         leg.reading.add_done_callback(lambda _: self._legs.discard(leg))

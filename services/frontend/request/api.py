@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from kvbaton.v1 import generate_pb2, model_pb2
+from services.telemetry.tracing import NO_HEADERS
 
 
 class FinishReason(StrEnum):
@@ -81,8 +82,13 @@ class LiveRequest(Protocol):
 class Generation(Protocol):
     """The frontend's service, as its edges use it."""
 
-    async def submit(self, request: generate_pb2.GenerateRequest) -> LiveRequest:
-        """Checks, tokenizes and dispatches. Raises RequestError when the request is refused."""
+    async def submit(
+        self, request: generate_pb2.GenerateRequest, trace_headers: Mapping[str, str] = NO_HEADERS
+    ) -> LiveRequest:
+        """Checks, tokenizes and dispatches. Raises RequestError when the request is refused.
+
+        `trace_headers` are the client's W3C trace context.
+        """
         ...
 
     def abort(self, request_id: str) -> bool:

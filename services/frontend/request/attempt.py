@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import grpc
 import structlog
+from opentelemetry.trace import Span
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2
@@ -17,6 +18,7 @@ from services.frontend.request.prepare import PreparedRequest
 from services.frontend.router.placement import Placement
 from services.frontend.router.worker import Worker
 from services.requests import ROOM_LIMIT, Role, Room
+from services.telemetry import tracing
 
 log = structlog.get_logger()
 
@@ -25,9 +27,9 @@ PREFILL_END_TIMEOUT = 5.0
 
 
 class Attempt:
-    """Sends both legs when made. `sink` gets the events of both, tagged with the attempt and the role.
+    """Sends both legs when told. `sink` gets the events of both, tagged with the attempt and the role.
 
-    Room, request ids and pair belong to this attempt alone; a retry is another attempt.
+    Room, request ids, pair and `span` belong to this attempt alone; a retry is another attempt. It ends the span.
     """
 
     def __init__(
@@ -35,12 +37,14 @@ class Attempt:
         prepared: PreparedRequest,
         placement: Placement,
         sink: Callable[[Attempt, Role, LegEvent], None],
+        span: Span,
     ) -> None:
         self.placement = placement
         self.room = _fresh_room(placement)
         self.hand_over = HandOver(expected=placement.prefill is not None)
         self._prepared = prepared
         self._sink = sink
+        self._span = span
         self._legs: dict[Role, Leg] = {}
         self._open: set[Role] = set()
         self._waiting_for: set[Role] = set()
@@ -51,9 +55,12 @@ class Attempt:
             worker.request_began()
             self._open.add(worker.role)
             self._waiting_for.add(worker.role)
+        self._describe()
+        trace_headers = tracing.headers_of(self._span)
         for worker in reversed(self.placement.workers):
             credit = self.placement.credit if worker is self.placement.decode else None
-            self._legs[worker.role] = worker.link.submit(self._request(worker), self._leg_sink(worker.role), credit)
+            request, sink = self._request(worker), self._leg_sink(worker.role)
+            self._legs[worker.role] = worker.link.submit(request, sink, credit, trace_headers)
 
     @property
     def accepted(self) -> bool:
@@ -65,8 +72,8 @@ class Attempt:
         """0 for an aggregated worker."""
         return 0 if self.room is None else self.room.room
 
-    async def close(self, *, answered: bool) -> None:
-        """Ends what still runs, prefill first.
+    async def close(self, *, answered: bool, error: RequestError | None = None) -> None:
+        """Ends what still runs, prefill first. `error` is why, for the trace.
 
         NIXL writes are one-sided: while the prefill leg lives it may write into decode's pages, so decode must not let
         go of them (and give them to another request) before prefill has ended or can't be reached any more. After a
@@ -86,6 +93,16 @@ class Attempt:
         self._legs.clear()
         for worker in self.placement.workers:
             worker.request_ended()
+        tracing.set_outcome(self._span, error)
+        self._span.end()
+
+    def _describe(self) -> None:
+        if not self._span.is_recording():
+            return
+        # Hexadecimal, as SGLang writes it: an attribute's numbers are signed, and rooms are longer than a double.
+        self._span.set_attribute("kvbaton.room", f"{self.room_number:#x}")
+        for worker in self.placement.workers:
+            self._span.set_attribute(f"kvbaton.{worker.role}.worker", worker.instance_id)
 
     async def _await_end(self, prefill: Leg) -> None:
         try:

@@ -26,6 +26,7 @@ from services.frontend.request.outbox import Outbox
 from services.frontend.request.prepare import PreparedRequest
 from services.frontend.request.retry import RetryPolicy
 from services.frontend.request.states import RequestState, State, Step
+from services.frontend.request.trace import RequestTrace
 from services.frontend.router.placement import Placement
 from services.requests import Role
 
@@ -69,6 +70,7 @@ class RequestOwner:
         retries: int,
         max_buffered_bytes: int,
         received: float,
+        trace: RequestTrace,
         ended: Callable[[RequestOwner, str], None],
     ) -> None:
         """`ticket` is the request's first place in the queue. `received` is on the monotonic clock."""
@@ -77,6 +79,7 @@ class RequestOwner:
         self._ticket = ticket
         self._clock = DeadlineClock(deadlines)
         self._retry = RetryPolicy(retries)
+        self.trace = trace
         self._ended = ended
         self._state = RequestState()
         self._events: asyncio.Queue[_FromLeg | _FromQueue | _End] = asyncio.Queue()
@@ -108,7 +111,7 @@ class RequestOwner:
 
     def start(self) -> asyncio.Task[None]:
         """Begins; the caller keeps the task."""
-        return asyncio.create_task(self._own(), name=f"request {self.request_id}")
+        return asyncio.create_task(self._own(), name=f"request {self.request_id}", context=self.trace.task_context())
 
     async def outputs(self) -> AsyncIterator[Output]:
         """See `LiveRequest`."""
@@ -147,7 +150,7 @@ class RequestOwner:
             self._fail(RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
         finally:
             self._ticket.leave()
-            self._close_attempt()
+            self._close_attempt(self.answer.error)
             await asyncio.gather(*self._closing)
             self._ended(self, outcome)
 
@@ -176,7 +179,7 @@ class RequestOwner:
                 self._ticket = again
                 log.info("attempt failed", request_id=self.request_id, attempt=self.attempts, error=str(error))
                 self._clock.enter(self._state.take(Step.RETRY))
-                self._close_attempt()
+                self._close_attempt(error)
                 await self._pause()
 
     async def _placed(self, ticket: Ticket) -> Placement:
@@ -207,17 +210,18 @@ class RequestOwner:
         self._state.take(Step.PAIR_CHOSEN)
         self._ticket.spend()
         self.attempts += 1
-        self._attempt = Attempt(self._prepared, placement, self._from_leg)
+        span = self.trace.attempt(self.attempts)
+        self._attempt = Attempt(self._prepared, placement, self._from_leg, span)
         self.answer.dispatched(placement)
         self._attempt.dispatch()
         self._clock.enter(self._state.take(Step.DISPATCHED))
 
-    def _close_attempt(self) -> None:
+    def _close_attempt(self, error: RequestError | None) -> None:
         """Ends the attempt's legs in a task of its own; the request ends only when all such tasks have."""
         if self._attempt is None:
             return
         answered = self.answer.complete is not None
-        self._closing.append(asyncio.create_task(self._attempt.close(answered=answered)))
+        self._closing.append(asyncio.create_task(self._attempt.close(answered=answered, error=error)))
         self._attempt = None
 
     def _from_leg(self, attempt: Attempt, role: Role, event: LegEvent) -> None:

@@ -13,6 +13,7 @@ from kvbaton.errors import invalid
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
 from services.frontend.request.api import Finished, FinishReason, Generation, Output
 from services.requests import check_request_id
+from services.telemetry.tracing import pick_headers
 
 _FINISH_REASONS = {
     FinishReason.STOP: generate_pb2.FINISH_REASON_STOP,
@@ -34,7 +35,8 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         It writes instead of yielding because a write to a client that doesn't read never returns, and must be given up
         when the request is cut off.
         """
-        live = await self._generation.submit(request)
+        trace_headers = pick_headers(context.invocation_metadata() or ())
+        live = await self._generation.submit(request, trace_headers)
         async with contextlib.aclosing(live.outputs()) as outputs:  # type: ignore[type-var]
             try:
                 async with asyncio.timeout(None) as writing:

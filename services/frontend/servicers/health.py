@@ -11,6 +11,7 @@ from kvbaton.errors import invalid
 from kvbaton.v1 import generate_pb2, health_pb2, health_pb2_grpc, worker_pb2
 from services.frontend.router.worker_set import WorkerSet
 from services.frontend.service import GenerationService
+from services.telemetry import tracing
 from services.version import own_version
 
 
@@ -48,7 +49,8 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
                 model=models[0].model.name if models else "",
                 token_ids=generate_pb2.TokenIds(ids=[models[0].bos_token_id if models else 0]),
                 sampling=generate_pb2.SamplingParams(max_new_tokens=1, temperature=0.0),
-            )
+            ),
+            tracing.headers_of(tracing.UNSAMPLED),
         )
         async for _ in live.outputs():
             pass

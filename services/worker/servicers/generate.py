@@ -11,10 +11,9 @@ import grpc
 from kvbaton.errors import invalid
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
 from services.requests import check_request_id
+from services.telemetry.tracing import pick_headers
 from services.worker.core import WorkerCore
 from services.worker.leg_runner import LegRunner
-
-_TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
@@ -33,7 +32,8 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             # Headers now, not with the first token: they tell the frontend that the leg is accepted.
             await context.send_initial_metadata(())
 
-        run = self._runner.run(request, _trace_headers(context), accepted)
+        trace_headers = pick_headers(context.invocation_metadata() or ())
+        run = self._runner.run(request, trace_headers, accepted)
         async with contextlib.aclosing(run) as responses:  # type: ignore[type-var]
             async for response in responses:
                 yield response
@@ -45,8 +45,3 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         if not request.request_id:
             raise invalid("request_id", "missing")
         return generate_pb2.AbortResponse(found=await self._core.legs.abort(check_request_id(request.request_id)))
-
-
-def _trace_headers(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
-    metadata = context.invocation_metadata() or ()
-    return {key: value for key, value in metadata if key in _TRACE_HEADERS and isinstance(value, str)}

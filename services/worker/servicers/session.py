@@ -16,6 +16,7 @@ import structlog
 
 from kvbaton.errors import Reason, RequestError, cancelled, invalid
 from kvbaton.v1 import generate_pb2, session_pb2, session_pb2_grpc
+from services.telemetry.tracing import check_headers
 from services.worker.core import WorkerCore
 from services.worker.credits import Entry
 from services.worker.leg_runner import LegRunner
@@ -142,7 +143,7 @@ class Session:
         except RequestError as error:
             self._refuse(submit.leg, error)
             return
-        task = asyncio.create_task(self._run(submit.leg, submit.request, entry), name=f"leg {submit.leg}")
+        task = asyncio.create_task(self._run(submit, entry), name=f"leg {submit.leg}")
         self._legs[submit.leg] = task
         # Not in the task itself: one that is cancelled before its first step runs no line of its own.
         task.add_done_callback(lambda task: self._ended(submit.leg, task, entry))
@@ -157,14 +158,18 @@ class Session:
         self._fail(leg, error.with_context(leg=core.role, worker=core.instance_id))
         del self._request_ids[leg]
 
-    async def _run(self, leg: int, request: generate_pb2.GenerateRequest, entry: Entry | None) -> None:
+    async def _run(self, submit: session_pb2.SubmitLeg, entry: Entry | None) -> None:
+        leg = submit.leg
+
         async def accepted() -> None:
             self._update(leg).accepted = True
             if entry is not None:
                 entry.done()
 
         try:
-            async with contextlib.aclosing(self._runner.run(request, {}, accepted)) as responses:  # type: ignore[type-var]
+            trace_headers = check_headers(submit.trace_headers, "submit.trace_headers")
+            run = self._runner.run(submit.request, trace_headers, accepted)
+            async with contextlib.aclosing(run) as responses:  # type: ignore[type-var]
                 async for response in responses:
                     self._add(leg, response)
         except RequestError as error:

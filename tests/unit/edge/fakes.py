@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, model_pb2, worker_pb2
 from services.frontend.request.api import Finished, FinishReason, Output
+from services.telemetry.tracing import NO_HEADERS
 
 MODEL = "org/tiny"
 
@@ -82,13 +83,17 @@ class ScriptedGeneration:
         self.model_names = list(models)
         self.draining = False
         self.requests: list[generate_pb2.GenerateRequest] = []
+        self.trace_headers: list[dict[str, str]] = []
         self.live: list[ScriptedRequest] = []
         self.submitted = asyncio.Event()
         self.submit_cancelled = asyncio.Event()
         self._submit_hangs = submit_hangs
 
-    async def submit(self, request: generate_pb2.GenerateRequest) -> ScriptedRequest:
+    async def submit(
+        self, request: generate_pb2.GenerateRequest, trace_headers: Mapping[str, str] = NO_HEADERS
+    ) -> ScriptedRequest:
         self.requests.append(request)
+        self.trace_headers.append(dict(trace_headers))
         self.submitted.set()
         if self._submit_hangs:
             try:

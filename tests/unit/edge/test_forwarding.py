@@ -57,6 +57,15 @@ async def test_a_sampling_field_is_forwarded(route: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
+async def test_the_trace_context_is_forwarded_and_no_other_header(route: str) -> None:
+    generation = ScriptedGeneration()
+    context = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "vendor=1"}
+    async with in_memory(generation) as client:
+        await client.post(route, json=BODIES[route], headers=context | {"x-b3-traceid": "1"})
+    assert generation.trace_headers == [context]
+
+
+@pytest.mark.parametrize("route", ROUTES)
 async def test_the_priority_is_forwarded(route: str) -> None:
     assert (await forwarded(route, priority=-3)).priority == -3
     assert not (await forwarded(route)).HasField("priority")
