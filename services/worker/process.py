@@ -152,7 +152,7 @@ class _Process:
         if self._config.engine == "simulated":
             return _simulated_engine(self._config, transfer_host)
         # Imported late: SGLang pulls torch, and health must answer before that is done.
-        from services.worker.engines.sglang import SglangEngine, SglangOptions
+        from services.worker.engines.sglang import SglangEngine, SglangOptions, spans_target
 
         config = self._config
         return SglangEngine(
@@ -170,6 +170,7 @@ class _Process:
                 native_file=config.native_file,
                 kv_events=config.kv_events,
                 metrics=config.enable_metrics,
+                spans=spans_target(os.environ) if config.trace.enable_otel else None,
                 backstop_timeout_s=config.backstop,
             )
         )

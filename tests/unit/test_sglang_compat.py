@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from services.config.yaml_file import ConfigFile
+from services.telemetry.otlp import OtlpTarget
 from services.transport import PortTakenError
 from services.worker.engines import sglang_death
 from services.worker.engines.protocol import (
@@ -31,7 +32,7 @@ from services.worker.engines.protocol import (
     Room,
     Sampling,
 )
-from services.worker.engines.sglang import SglangEngine
+from services.worker.engines.sglang import SglangEngine, spans_target
 from services.worker.engines.sglang_compat import (
     NativeArgumentError,
     build_server_args,
@@ -40,6 +41,7 @@ from services.worker.engines.sglang_compat import (
     is_dispatched,
     load_of,
     resolved,
+    why_no_spans,
 )
 from services.worker.engines.sglang_death import DeathWatch, EngineLaunchError, on_sigquit
 from services.worker.engines.sglang_introspect import kv_bytes_per_token, kv_cache_dtype, max_batched_tokens
@@ -230,6 +232,44 @@ class TestFields:
     def test_on_a_cpu_both_roles_go_without_the_overlap_scheduler(self) -> None:
         assert default_fields(options(Role.PREFILL, device="cpu"))["disable_overlap_schedule"] is True
         assert "disable_overlap_schedule" not in default_fields(options(device="cpu"))
+
+
+class TestSpans:
+    GRPC = OtlpTarget("grpc", "http://collector:4317")
+    HTTP = OtlpTarget("http/protobuf", "https://collector:4318/v1/traces")
+
+    def test_sglang_exports_none_unless_told(self) -> None:
+        assert "enable_trace" not in default_fields(options())
+        assert not {name for name in environment(options(), Path("/t"), {}) if name.startswith("OTEL_")}
+
+    @pytest.mark.parametrize(("target", "endpoint"), [(GRPC, "collector:4317"), (HTTP, HTTP.endpoint)])
+    def test_they_go_where_batons_go(self, target: OtlpTarget, endpoint: str) -> None:
+        fields = default_fields(options(spans=target))
+        assert (fields["enable_trace"], fields["otlp_traces_endpoint"]) == (True, endpoint)
+        variables = environment(options(spans=target), Path("/t"), {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+        assert variables["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == target.protocol
+
+    def test_tokens_are_no_spans_unless_the_operator_wants_them(self) -> None:
+        assert environment(options(spans=self.GRPC), Path("/t"), {})["SGLANG_TRACE_LEVEL"] == "2"
+        assert "SGLANG_TRACE_LEVEL" not in environment(
+            options(spans=self.GRPC), Path("/t"), {"SGLANG_TRACE_LEVEL": "3"}
+        )
+
+    def test_what_sglang_could_not_do_is_found_before_it_fails_to_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert why_no_spans(self.GRPC) == why_no_spans(self.HTTP) == ""
+        assert "without TLS" in why_no_spans(OtlpTarget("grpc", "https://collector:4317"))
+        monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+        assert "opentelemetry.exporter.otlp.proto.http.trace_exporter is missing" in why_no_spans(self.GRPC)
+
+    @pytest.mark.parametrize("variable", [{"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "none"}])
+    def test_the_variables_that_switch_export_off_hold_for_sglang_too(self, variable: dict[str, str]) -> None:
+        assert spans_target({}) == OtlpTarget("grpc", "http://localhost:4317")
+        assert spans_target(variable) is None
+
+    def test_sglang_gets_the_context_of_the_leg_and_none_without_one(self) -> None:
+        headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+        assert call_arguments(request(trace_headers=headers), seeded=False)["external_trace_header"] == headers
+        assert call_arguments(request(), seeded=False)["external_trace_header"] is None
 
 
 class TestBootstrapPort:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+from services.telemetry import tracing
 from services.worker.engines.protocol import (
     Engine,
     EngineFinish,
@@ -33,6 +34,7 @@ async def generate_probe(
         sampling=payload.sampling,
         room=None if bootstrap_port is None else Room(FAKE_PEER, bootstrap_port, 0),
         dp_rank=dp_rank,
+        trace_headers=tracing.headers_of(tracing.UNSAMPLED),
     )
     tokens = 0
     finish: EngineFinish | None = None

@@ -13,7 +13,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -26,6 +26,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from services.config.yaml_file import ConfigFile
 from services.modes import Probe
+from services.telemetry.otlp import OtlpTarget
 from services.transport import PortTakenError, join_host_port
 from services.worker.engines import sglang_compat as compat
 from services.worker.engines.kv_events import KvChange
@@ -57,7 +58,7 @@ from services.worker.engines.sglang_launch import (
 from services.worker.engines.sglang_logging import write_logging_config
 from services.worker.engines.sglang_stream import Chunk, LiveRequest, call_arguments, check_request
 
-__all__ = ["SglangEngine", "SglangOptions", "check_native_flags"]
+__all__ = ["SglangEngine", "SglangOptions", "check_native_flags", "spans_target"]
 
 _FIRST_SNAPSHOT_TIMEOUT_S = 10.0
 _LOADS_TIMEOUT_S = 1.0
@@ -81,6 +82,17 @@ def check_native_flags(
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     server_args = compat.server_args_class()
     compat.given_fields(server_args, [*compat.file_arguments(server_args, native_file), *native_args])
+
+
+def spans_target(environment: Mapping[str, str]) -> OtlpTarget | None:
+    """Where SGLang's own spans go; None, and a line in the log, where it can't send them there."""
+    target = OtlpTarget.from_environment(environment)
+    if environment.get("OTEL_TRACES_EXPORTER") == "none" or environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if why := compat.why_no_spans(target):
+        _log.warning("sglang_exports_no_spans", why=why)
+        return None
+    return target
 
 
 class SglangEngine:

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from services.config.yaml_file import ConfigFile
+from services.telemetry.otlp import OtlpTarget
 from services.worker.engines.protocol import EngineLoad
 
 # Fields that the older version lacks; without them it behaves as Baton needs.
@@ -33,6 +34,21 @@ class _Parser(argparse.ArgumentParser):
 def server_args_class() -> Any:
     """SGLang's `ServerArgs`: a dataclass in 0.5.17, a msgspec Struct in 0.5.23."""
     return import_module("sglang.srt.server_args").ServerArgs
+
+
+def why_no_spans(target: OtlpTarget) -> str:
+    """Why SGLang could not export spans there; empty if it can. With `enable_trace` it would otherwise not start.
+
+    Both versions import both exporters, whichever is used, and open gRPC without TLS.
+    """
+    try:
+        for protocol in ("grpc", "http"):
+            import_module(f"opentelemetry.exporter.otlp.proto.{protocol}.trace_exporter")
+    except ImportError as error:
+        return f"{error.name or error} is missing"
+    if target.protocol == "grpc" and target.encrypted:
+        return "SGLang sends OTLP over gRPC without TLS only"
+    return ""
 
 
 def engine_class() -> Any:

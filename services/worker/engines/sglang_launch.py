@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from services.config.yaml_file import ConfigFile
 from services.modes import Mode, mode_of
+from services.telemetry.otlp import OtlpTarget
 from services.worker.engines.protocol import Role
 from services.worker.engines.sglang_death import on_sigquit
 
@@ -61,6 +62,9 @@ class SglangOptions:
 
     metrics: bool = False
     """Collect SGLang's own metrics."""
+
+    spans: OtlpTarget | None = None
+    """Where SGLang exports spans of its own; None: nowhere."""
 
     backstop_timeout_s: float = 120.0
     """When SGLang itself gives up a hand-shake or a transfer; longer than every deadline of ours."""
@@ -140,6 +144,10 @@ def forced_fields(options: SglangOptions, kv_sockets: KvSockets | None = None) -
 def default_fields(options: SglangOptions) -> dict[str, Any]:
     """Fields that Baton sets where SGLang's own default doesn't fit; passed-through flags win."""
     fields: dict[str, Any] = {"log_level": options.log_level}
+    if options.spans is not None:
+        grpc = options.spans.protocol == "grpc"
+        fields["enable_trace"] = True
+        fields["otlp_traces_endpoint"] = options.spans.host_and_port if grpc else options.spans.endpoint
     if options.device != "cpu":
         return fields
     fields |= {
@@ -181,6 +189,10 @@ def environment(options: SglangOptions, tmp_dir: Path, inherited: Mapping[str, s
             Path(inherited.get("TMPDIR") or options.tmp_root) / f"torchinductor_{getpass.getuser()}"
         ),
     }
+    if options.spans is not None:
+        # Above 2 each decoded token is a span.
+        defaults["SGLANG_TRACE_LEVEL"] = "2"
+        forced["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = options.spans.protocol  # SGLang doesn't read the general one
     if options.log_level.lower() not in ("debug", "info"):
         defaults["NIXL_LOG_LEVEL"] = "WARN"  # it writes to stdout
     if Path(options.model_path).exists():
