@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import ParamSpec, TypeVar
@@ -58,11 +59,14 @@ def configure_tracing(*, enabled: bool, service: str) -> Callable[[], None]:
 
 def _shut_down(provider: object) -> None:
     """SGLang's provider too, if there is one: its own exit handler would wait 30 s for a receiver that is gone."""
+    ends = time.monotonic() + FLUSH_TIMEOUT
+    flushing: list[threading.Thread] = []
     for each in (provider, trace.get_tracer_provider()):
         if (shutdown := getattr(each, "shutdown", None)) is not None:
-            flushing = threading.Thread(target=shutdown, name="flush spans", daemon=True)
-            flushing.start()
-            flushing.join(FLUSH_TIMEOUT)
+            flushing.append(threading.Thread(target=shutdown, name="flush spans", daemon=True))
+            flushing[-1].start()
+    for thread in flushing:
+        thread.join(max(0.0, ends - time.monotonic()))
 
 
 def server_span(name: str, headers: Mapping[str, str]) -> Span:
