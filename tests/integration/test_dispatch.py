@@ -269,11 +269,9 @@ async def test_requests_wait_for_workers_that_are_about_to_come(etcd_endpoint: s
         etcd_endpoint, f"t-{time.time_ns()}", model_folder, heartbeat=2.0, ready_queue_timeout=20.0
     ) as cluster:
         early = [asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY)) for _ in range(3)]
-        aborted = asyncio.create_task(
-            cluster.client.generate(token_ids=PROMPT, sampling=GREEDY, request_id="not any more")
-        )
+        aborted = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY, request_id="gone"))
         await asyncio.sleep(0.3)
-        assert await cluster.client.abort("not any more")
+        assert await cluster.client.abort("gone")
         with pytest.raises(RequestError) as caught:
             await aborted
         assert caught.value.code is grpc.StatusCode.CANCELLED
