@@ -98,9 +98,8 @@ def _modes() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|\n"
     for mode in MODES:
         needs = ", ".join(role.value for role in mode.needs) or "nobody"
-        name = mode.name if mode.role is not None else f"{mode.name} (reserved)"
         ports = f"{mode.grpc_port} | {mode.system_port}"
-        yield f"| {name} | `{mode.selected_by}` | {ports} | {needs} | `{mode.rpc}` | {mode.probe.value} |\n"
+        yield f"| {mode.name} | `{mode.selected_by}` | {ports} | {needs} | `{mode.rpc}` | {mode.probe.value} |\n"
 
 
 def _section(title: str, *configs: type[Any]) -> Iterator[str]:

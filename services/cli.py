@@ -73,7 +73,7 @@ def _run_frontend(parsed: argparse.Namespace, _: list[str]) -> int:
 
 
 def _add_worker(commands: _SubParsersAction[argparse.ArgumentParser], command: Command) -> None:
-    modes = [mode for mode in MODES if mode.command == command and mode.role is not None]
+    modes = [mode for mode in MODES if mode.command == command]
     parser = commands.add_parser(
         command,
         help="; ".join(f"{mode.name} worker: {mode.summary}" for mode in modes),

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Command = Literal["prefill", "decode"]
 DisaggregationMode = Literal["prefill", "decode", "null"]
 
+GENERATE = "GenerateService/Generate"
+EMBED = "EmbedService/Embed"
+
 
 class Probe(StrEnum):
     """What warm-up and health checks ask of the engine, on every dp rank."""
@@ -41,8 +44,8 @@ class Mode:
     disaggregation_mode: DisaggregationMode
     embedding_worker: bool
 
-    role: Role | None
-    """In the registry; None while no module implements the mode."""
+    role: Role
+    """In the registry."""
 
     grpc_port: int
     system_port: int
@@ -61,7 +64,7 @@ class Mode:
     rpc: str
     """Where requests come in."""
 
-    make_contract: Callable[[EtcdClient, str], RoleContract] | None
+    make_contract: Callable[[EtcdClient, str], RoleContract]
     """What the mode asks of a request and of a worker that is ready, given etcd and the namespace."""
 
     engine_fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -102,6 +105,12 @@ def _aggregated(_etcd: EtcdClient, _namespace: str) -> RoleContract:
     return AggregatedContract()
 
 
+def _embedding(_etcd: EtcdClient, _namespace: str) -> RoleContract:
+    from services.embedding.contract import EmbeddingContract
+
+    return EmbeddingContract()
+
+
 # A command's first row is what it runs without further flags.
 MODES = (
     Mode(
@@ -117,7 +126,7 @@ MODES = (
         has_bootstrap=True,
         answers=False,
         probe=Probe.TOKEN_WITHOUT_PEER,
-        rpc="GenerateService/Generate",
+        rpc=GENERATE,
         make_contract=_prefill,
         engine_fields={"disaggregation_mode": "prefill"},
     ),
@@ -134,7 +143,7 @@ MODES = (
         has_bootstrap=False,
         answers=True,
         probe=Probe.TOKEN_WITHOUT_PEER,
-        rpc="GenerateService/Generate",
+        rpc=GENERATE,
         make_contract=_decode,
         engine_fields={"disaggregation_mode": "decode"},
     ),
@@ -151,25 +160,25 @@ MODES = (
         has_bootstrap=False,
         answers=True,
         probe=Probe.TOKEN,
-        rpc="GenerateService/Generate",
+        rpc=GENERATE,
         make_contract=_aggregated,
         engine_fields={"disaggregation_mode": "null"},
     ),
     Mode(
         name="embedding",
-        summary="one vector per text; reserved, not built yet",
+        summary="one vector per text",
         command="decode",
         disaggregation_mode="null",
         embedding_worker=True,
-        role=None,
-        grpc_port=50062,
-        system_port=8082,
+        role=Role.EMBEDDING,
+        grpc_port=50063,
+        system_port=8083,
         needs=(),
         has_bootstrap=False,
         answers=False,
         probe=Probe.EMBEDDING,
-        rpc="EmbedService/Embed",
-        make_contract=None,
+        rpc=EMBED,
+        make_contract=_embedding,
         engine_fields={"disaggregation_mode": "null", "is_embedding": True},
     ),
 )
@@ -185,10 +194,7 @@ def select_mode(command: Command, disaggregation_mode: DisaggregationMode | None
         taken = ", ".join(mode.disaggregation_mode for mode in rows)
         who = "--embedding-worker" if embedding_worker else f"`kvbaton {command}`"
         raise ValueError(f"--disaggregation-mode {disaggregation_mode} contradicts {who}, which takes {taken}")
-    mode = fitting[0]
-    if mode.role is None:
-        raise ValueError(f"`{mode.selected_by}`: the {mode.name} mode is reserved and not built yet")
-    return mode
+    return fitting[0]
 
 
 def mode_of(role: Role) -> Mode:
@@ -198,6 +204,4 @@ def mode_of(role: Role) -> Mode:
 
 def contract_of(role: Role, etcd: EtcdClient, namespace: str) -> RoleContract:
     """The contract of a worker of that role and namespace."""
-    make_contract = mode_of(role).make_contract
-    assert make_contract is not None, "only a mode without role has none"
-    return make_contract(etcd, namespace)
+    return mode_of(role).make_contract(etcd, namespace)

@@ -34,11 +34,12 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     AGGREGATED = "aggregated"
+    EMBEDDING = "embedding"
 
     @property
     def disaggregated(self) -> bool:
         """Whether a request in this role needs a peer."""
-        return self is not Role.AGGREGATED
+        return self in (Role.PREFILL, Role.DECODE)
 
     def to_proto(self) -> worker_pb2.WorkerRole:
         """The wire value."""
@@ -54,6 +55,7 @@ _ROLE_TO_PROTO = {
     Role.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
     Role.DECODE: worker_pb2.WORKER_ROLE_DECODE,
     Role.AGGREGATED: worker_pb2.WORKER_ROLE_AGGREGATED,
+    Role.EMBEDDING: worker_pb2.WORKER_ROLE_EMBEDDING,
 }
 _ROLE_FROM_PROTO = {wire: role for role, wire in _ROLE_TO_PROTO.items()}
 

@@ -59,7 +59,8 @@ class HealthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Probe(self, request, context):
-        """Runs a real one-token generation through the engine (workers), or through a pair of workers (frontend).
+        """Runs a real one-token generation through the engine (workers), or through a pair of workers (frontend). Where only
+        embeddings are served, embeds one token.
         UNAVAILABLE when the process does not serve, DEADLINE_EXCEEDED when the engine does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -36,7 +36,8 @@ class HealthServiceStub:
     Status: _grpc.UnaryUnaryMultiCallable[_health_pb2.StatusRequest, _health_pb2.StatusResponse]
     """Answers from the moment the process listens, while the engine is still loading."""
     Probe: _grpc.UnaryUnaryMultiCallable[_health_pb2.ProbeRequest, _health_pb2.ProbeResponse]
-    """Runs a real one-token generation through the engine (workers), or through a pair of workers (frontend).
+    """Runs a real one-token generation through the engine (workers), or through a pair of workers (frontend). Where only
+    embeddings are served, embeds one token.
     UNAVAILABLE when the process does not serve, DEADLINE_EXCEEDED when the engine does not answer.
     """
 
@@ -48,7 +49,8 @@ class HealthServiceAsyncStub(HealthServiceStub):
     Status: _aio.UnaryUnaryMultiCallable[_health_pb2.StatusRequest, _health_pb2.StatusResponse]  # type: ignore[assignment]
     """Answers from the moment the process listens, while the engine is still loading."""
     Probe: _aio.UnaryUnaryMultiCallable[_health_pb2.ProbeRequest, _health_pb2.ProbeResponse]  # type: ignore[assignment]
-    """Runs a real one-token generation through the engine (workers), or through a pair of workers (frontend).
+    """Runs a real one-token generation through the engine (workers), or through a pair of workers (frontend). Where only
+    embeddings are served, embeds one token.
     UNAVAILABLE when the process does not serve, DEADLINE_EXCEEDED when the engine does not answer.
     """
 
@@ -69,7 +71,8 @@ class HealthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _health_pb2.ProbeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_health_pb2.ProbeResponse, _abc.Awaitable[_health_pb2.ProbeResponse]]:
-        """Runs a real one-token generation through the engine (workers), or through a pair of workers (frontend).
+        """Runs a real one-token generation through the engine (workers), or through a pair of workers (frontend). Where only
+        embeddings are served, embeds one token.
         UNAVAILABLE when the process does not serve, DEADLINE_EXCEEDED when the engine does not answer.
         """
 

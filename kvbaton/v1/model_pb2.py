@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvbaton.v1 import worker_pb2 as kvbaton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvbaton/v1/model.proto\x12\nkvbaton.v1\x1a\x17kvbaton/v1/worker.proto\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.kvbaton.v1.ModelInfo\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\";\n\x14GetModelInfoResponse\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.kvbaton.v1.ModelInfo\"\xbe\x01\n\tModelInfo\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.kvbaton.v1.ModelIdentity\x12*\n\x07runtime\x18\x02 \x01(\x0b\x32\x19.kvbaton.v1.RuntimeConfig\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x19\n\x0c\x62os_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10tokenizer_sha256\x18\x05 \x01(\tB\x0f\n\r_bos_token_id\"\x15\n\x13GetTokenizerRequest\"o\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x11\n\tfile_size\x18\x04 \x01(\x04\x12\x13\n\x0b\x66ile_sha256\x18\x05 \x01(\t2\x83\x02\n\x0cModelService\x12K\n\nListModels\x12\x1d.kvbaton.v1.ListModelsRequest\x1a\x1e.kvbaton.v1.ListModelsResponse\x12Q\n\x0cGetModelInfo\x12\x1f.kvbaton.v1.GetModelInfoRequest\x1a .kvbaton.v1.GetModelInfoResponse\x12S\n\x0cGetTokenizer\x12\x1f.kvbaton.v1.GetTokenizerRequest\x1a .kvbaton.v1.GetTokenizerResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvbaton/v1/model.proto\x12\nkvbaton.v1\x1a\x17kvbaton/v1/worker.proto\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.kvbaton.v1.ModelInfo\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\";\n\x14GetModelInfoResponse\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.kvbaton.v1.ModelInfo\"\xcc\x01\n\tModelInfo\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.kvbaton.v1.ModelIdentity\x12*\n\x07runtime\x18\x02 \x01(\x0b\x32\x19.kvbaton.v1.RuntimeConfig\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x19\n\x0c\x62os_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10tokenizer_sha256\x18\x05 \x01(\t\x12\x0c\n\x04rpcs\x18\x06 \x03(\tB\x0f\n\r_bos_token_id\"\x15\n\x13GetTokenizerRequest\"o\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x11\n\tfile_size\x18\x04 \x01(\x04\x12\x13\n\x0b\x66ile_sha256\x18\x05 \x01(\t2\x83\x02\n\x0cModelService\x12K\n\nListModels\x12\x1d.kvbaton.v1.ListModelsRequest\x1a\x1e.kvbaton.v1.ListModelsResponse\x12Q\n\x0cGetModelInfo\x12\x1f.kvbaton.v1.GetModelInfoRequest\x1a .kvbaton.v1.GetModelInfoResponse\x12S\n\x0cGetTokenizer\x12\x1f.kvbaton.v1.GetTokenizerRequest\x1a .kvbaton.v1.GetTokenizerResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,11 +41,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELINFORESPONSE']._serialized_start=183
   _globals['_GETMODELINFORESPONSE']._serialized_end=242
   _globals['_MODELINFO']._serialized_start=245
-  _globals['_MODELINFO']._serialized_end=435
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=437
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=458
-  _globals['_GETTOKENIZERRESPONSE']._serialized_start=460
-  _globals['_GETTOKENIZERRESPONSE']._serialized_end=571
-  _globals['_MODELSERVICE']._serialized_start=574
-  _globals['_MODELSERVICE']._serialized_end=833
+  _globals['_MODELINFO']._serialized_end=449
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=451
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=472
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=474
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=585
+  _globals['_MODELSERVICE']._serialized_start=588
+  _globals['_MODELSERVICE']._serialized_end=847
 # @@protoc_insertion_point(module_scope)

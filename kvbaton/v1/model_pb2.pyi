@@ -30,18 +30,20 @@ class GetModelInfoResponse(_message.Message):
     def __init__(self, info: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("model", "runtime", "eos_token_ids", "bos_token_id", "tokenizer_sha256")
+    __slots__ = ("model", "runtime", "eos_token_ids", "bos_token_id", "tokenizer_sha256", "rpcs")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    RPCS_FIELD_NUMBER: _ClassVar[int]
     model: _worker_pb2.ModelIdentity
     runtime: _worker_pb2.RuntimeConfig
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     bos_token_id: int
     tokenizer_sha256: str
-    def __init__(self, model: _Optional[_Union[_worker_pb2.ModelIdentity, _Mapping]] = ..., runtime: _Optional[_Union[_worker_pb2.RuntimeConfig, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., bos_token_id: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ...) -> None: ...
+    rpcs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[_Union[_worker_pb2.ModelIdentity, _Mapping]] = ..., runtime: _Optional[_Union[_worker_pb2.RuntimeConfig, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., bos_token_id: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., rpcs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetTokenizerRequest(_message.Message):
     __slots__ = ()

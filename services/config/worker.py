@@ -1,4 +1,4 @@
-"""Configuration of a prefill, decode or aggregated worker."""
+"""Configuration of a prefill, decode, aggregated or embedding worker."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class WorkerConfig:
         "nixl", "how KV caches move between the GPUs; none only for a worker that runs both phases"
     )
     disaggregation_bootstrap_port: int = flag(BOOTSTRAP_PORT, "port of SGLang's bootstrap server (prefill only)")
-    embedding_worker: bool = flag(False, "reserved for a worker that serves embeddings (not built yet)")
+    embedding_worker: bool = flag(False, "serve embeddings instead of generating")
     allow_version_skew: bool = flag(
         False, "pair with workers of other SGLang and NIXL versions; on both sides, at your own risk"
     )
@@ -83,17 +83,24 @@ class WorkerConfig:
     kv_events: bool = flag(True, "tell subscribers of KvEventService which prefixes the engine holds")
     enable_metrics: bool = flag(False, "serve SGLang's own metrics beside Baton's on /metrics", sglang="enable_metrics")
 
-    window: int = flag(0, "legs that a decode worker runs at once; 0: as many as its engine runs")
+    window: int = flag(
+        0,
+        "legs that a decode worker runs, or an embedding worker takes, at once; 0: as many as its engine runs",
+    )
 
     host: str = flag("127.0.0.1", "address that all servers of this process bind")
-    port: int = flag(0, "gRPC port; default 50061 (prefill), 50062 (decode); 0 here picks that default")
-    system_port: int = flag(0, "HTTP port of /health, /live and /metrics; default 8081 (prefill), 8082 (decode)")
+    port: int = flag(
+        0, "gRPC port; default 50061 (prefill), 50062 (decode), 50063 (embedding); 0 here picks that default"
+    )
+    system_port: int = flag(
+        0, "HTTP port of /health, /live and /metrics; default 8081 (prefill), 8082 (decode), 8083 (embedding)"
+    )
     advertise_host: str = flag("", "address that others reach this process at; default: the one that routes to etcd")
     instance_id: str = flag("", "name in the registry, stable over restarts; default: role, address and port")
 
-    warmup_timeout: float = flag(300.0, "seconds until every dp rank must have generated its first token")
+    warmup_timeout: float = flag(300.0, "seconds until every dp rank must have answered its first probe")
     health_check_payload: str = flag(
-        "", "what probes and canaries generate: JSON of a GenerateRequest's token_ids and sampling, or @FILE with it"
+        "", "what probes and canaries ask for: JSON of a GenerateRequest's token_ids and sampling, or @FILE with it"
     )
     canary_interval: float = flag(10.0, "seconds without traffic until the worker probes its own engine")
     engine_silence_timeout: float = flag(
@@ -164,7 +171,6 @@ class WorkerConfig:
 
         `sources` says which settings somebody made. Raises ValueError.
         """
-        assert mode.role is not None
         config = replace(self, role=mode.role, disaggregation_mode=mode.disaggregation_mode, **values)
         if not config.model_path:
             raise ValueError("--model-path is missing: smollm2, a folder, or a hub id")

@@ -14,6 +14,7 @@ from google.protobuf import json_format
 from kvbaton.v1.worker_pb2 import (
     WORKER_ROLE_AGGREGATED,
     WORKER_ROLE_DECODE,
+    WORKER_ROLE_EMBEDDING,
     WORKER_ROLE_PREFILL,
     Incarnation,
     WorkerRecord,
@@ -29,6 +30,7 @@ _ROLE_NAMES: dict[WorkerRole, str] = {
     WORKER_ROLE_PREFILL: "prefill",
     WORKER_ROLE_DECODE: "decode",
     WORKER_ROLE_AGGREGATED: "aggregated",
+    WORKER_ROLE_EMBEDDING: "embedding",
 }
 _ROLES = {name: role for role, name in _ROLE_NAMES.items()}
 
@@ -45,7 +47,7 @@ def check_label(what: str, text: str) -> str:
 
 
 def role_name(role: WorkerRole) -> str:
-    """The word for a role in keys and logs: prefill, decode or aggregated."""
+    """The word for a role in keys and logs: prefill, decode, aggregated or embedding."""
     try:
         return _ROLE_NAMES[role]
     except KeyError:

@@ -9,6 +9,7 @@ import grpc
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import model_pb2, worker_pb2
 from services.models.tokenizer_files import TokenizerFile
+from services.modes import mode_of
 from services.requests import Limits, Role
 from services.worker.credits import CreditWindow
 from services.worker.engines.protocol import Engine, EngineInfo, EngineLoad, ProbePayload
@@ -28,6 +29,16 @@ class Loaded:
     tokenizer_files: tuple[TokenizerFile, ...]
     probe_payload: ProbePayload
 
+    def require_model(self, name: str) -> None:
+        """Raises RequestError, NOT_FOUND, for the name of another model; an empty one is this one's."""
+        if name not in ("", self.record.model.name):
+            raise RequestError(
+                grpc.StatusCode.NOT_FOUND,
+                Reason.MODEL_NOT_FOUND,
+                f"model: this worker serves {self.record.model.name!r}, not {name!r}",
+                field="model",
+            )
+
 
 class WorkerCore:
     """Belongs to the serving loop."""
@@ -38,8 +49,10 @@ class WorkerCore:
         self.incarnation = incarnation
         self.lifecycle = lifecycle
         self.legs = LiveLegs(role, self._abort_in_engine)
-        # None where legs need no credit: prefill queues in its engine.
-        self.window = None if role is Role.PREFILL else CreditWindow(self.legs)
+        # None where legs need no credit: prefill queues in its engine, an embedding worker refuses what is too much.
+        self.window = CreditWindow(self.legs) if role in (Role.DECODE, Role.AGGREGATED) else None
+        self.slots = 0
+        """Legs that the engine runs at once."""
         self.accepting = False
         self.canary_rank: int | None = None
         """The dp rank that a canary runs on."""
@@ -55,8 +68,21 @@ class WorkerCore:
     def attach(self, loaded: Loaded, *, window: int) -> None:
         """The engine is there; it runs `window` legs at once."""
         self._loaded = loaded
+        self.slots = window
         if self.window is not None:
             self.window.open(window)
+
+    def require_rpc(self, rpc: str) -> None:
+        """Raises RequestError, FAILED_PRECONDITION, when requests of this kind go to workers in another role."""
+        taken = mode_of(self.role).rpc
+        if rpc != taken:
+            raise RequestError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                Reason.WRONG_ROLE,
+                f"{self.role} worker {self.instance_id} takes {taken}, not {rpc}",
+                leg=self.role,
+                worker=self.instance_id,
+            )
 
     def require_loaded(self) -> Loaded:
         """What is loaded, or UNAVAILABLE while there is nothing."""

@@ -20,6 +20,8 @@ from kvbaton.v1 import (
     admin_pb2_grpc,
     bootstrap_pb2,
     bootstrap_pb2_grpc,
+    embed_pb2,
+    embed_pb2_grpc,
     generate_pb2,
     generate_pb2_grpc,
     health_pb2,
@@ -56,6 +58,7 @@ from services.worker.leg_runner import LegRunner
 from services.worker.lifecycle import Lifecycle
 from services.worker.role import RoleContract
 from services.worker.servicers.admin import AdminServicer
+from services.worker.servicers.embed import EmbedServicer
 from services.worker.servicers.generate import GenerateServicer
 from services.worker.servicers.health import HealthServicer
 from services.worker.servicers.kv_events import KvEventServicer
@@ -73,6 +76,7 @@ _SERVING, _UNHEALTHY = worker_pb2.WORKER_STATE_SERVING, worker_pb2.WORKER_STATE_
 
 SERVICE_NAMES = (
     generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
+    embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name,
     health_pb2.DESCRIPTOR.services_by_name["HealthService"].full_name,
     bootstrap_pb2.DESCRIPTOR.services_by_name["BootstrapService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
@@ -118,7 +122,7 @@ class WorkerHost:
         self._core = WorkerCore(
             config.role, instance_id, registration.new_incarnation(), Lifecycle(config.role, self._health)
         )
-        self._health_check = HealthCheck.parse(config.health_check_payload)
+        self._health_check = HealthCheck.parse(config.health_check_payload, config.role)
         self._etcd = EtcdClient(config.etcd.endpoints, config.etcd.tls())
         self._contract = make_contract(config.role, self._etcd, config.etcd.namespace)
         self._hurry = asyncio.Event()
@@ -189,7 +193,7 @@ class WorkerHost:
             return await self._serve(record)
 
     async def _bring_up(self, grpc_port: int, system_port: int) -> worker_pb2.WorkerRecord:
-        """LOADING and WARMING; what comes back is true of an engine that has generated through its own socket."""
+        """LOADING and WARMING; what comes back is true of an engine that has answered through its own socket."""
         lifecycle = self._core.lifecycle
         await lifecycle.enter(worker_pb2.WORKER_STATE_LOADING)
         try:
@@ -210,7 +214,7 @@ class WorkerHost:
                 await self._probe_own_socket(grpc_port)
                 await self._contract.check_ready(loaded.record)
         except TimeoutError as error:
-            raise BringUpError(f"no token within --warmup-timeout {self._config.warmup_timeout:g} s") from error
+            raise BringUpError(f"no answer within --warmup-timeout {self._config.warmup_timeout:g} s") from error
         except Exception as error:
             log.error("warm-up failed", exc_info=error)
             raise BringUpError(f"warm-up: {error}") from error
@@ -326,7 +330,7 @@ class WorkerHost:
         return Loaded(engine, info, limits, record, model_info, files, payload)
 
     async def _probe_own_socket(self, grpc_port: int) -> None:
-        """The first generation that came in through the port others will use."""
+        """The first probe that came in through the port others will use."""
         config = self._config
         address = join_host_port(self._host, grpc_port)
         async with make_channel(address, tls=config.tls.client()) as channel:
@@ -344,6 +348,7 @@ class WorkerHost:
         self._health.register(server)
         runner = LegRunner(self._core, self._contract)
         generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(self._core, runner), server)
+        embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedServicer(self._core), server)
         session_pb2_grpc.add_WorkerSessionServiceServicer_to_server(SessionServicer(self._core, runner), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self._core, self.stop), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthServicer(self._core), server)

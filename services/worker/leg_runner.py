@@ -9,11 +9,11 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 
-import grpc
 from opentelemetry.trace import Span
 
-from kvbaton.errors import Reason, RequestError, cancelled, invalid
+from kvbaton.errors import RequestError, invalid
 from kvbaton.v1 import generate_pb2
+from services.modes import GENERATE
 from services.requests import Role, check_prompt, check_request_id, check_sampling
 from services.telemetry import tracing
 from services.worker.core import Loaded, WorkerCore
@@ -25,6 +25,7 @@ from services.worker.engines.protocol import (
     EngineRequest,
     Finish,
 )
+from services.worker.leg_errors import LegErrors
 from services.worker.legs import Leg
 from services.worker.role import RoleContract
 
@@ -40,6 +41,7 @@ class LegRunner:
     def __init__(self, core: WorkerCore, contract: RoleContract) -> None:
         self._core = core
         self._contract = contract
+        self._errors = LegErrors(core)
 
     async def run(
         self,
@@ -53,6 +55,7 @@ class LegRunner:
         """
         received = time.monotonic()
         with self._span(request, trace_headers) as span:
+            self._core.require_rpc(GENERATE)
             request_id = check_request_id(request.request_id)
             loaded = self._core.require_accepting()
             engine_request = await self._checked(request, loaded, tracing.headers_of(span))
@@ -73,11 +76,12 @@ class LegRunner:
                     if delta.finish is not None:
                         _describe_end(span, delta.finish)
                         if delta.finish.reason is Finish.ABORT:
-                            raise self._abort_error(leg, delta.finish)
+                            raise self._errors.aborted(leg, delta.finish)
                     yield self._response(delta, leg, timings)
             except (EngineRefusedError, EngineDeadError, RequestError) as error:
                 # The servicer knows the leg, its room and its id; the error itself may not.
-                raise self._typed(error).with_context(room=request.bootstrap.room, request_id=leg.request_id) from error
+                typed = self._errors.typed(error)
+                raise typed.with_context(room=request.bootstrap.room, request_id=leg.request_id) from error
             finally:
                 await legs.leave(leg)
 
@@ -104,13 +108,7 @@ class LegRunner:
         self, request: generate_pb2.GenerateRequest, loaded: Loaded, trace_headers: dict[str, str]
     ) -> EngineRequest:
         """The request as the engine takes it, or an error that names the field."""
-        if request.model and request.model != loaded.record.model.name:
-            raise RequestError(
-                grpc.StatusCode.NOT_FOUND,
-                Reason.MODEL_NOT_FOUND,
-                f"model: this worker serves {loaded.record.model.name!r}, not {request.model!r}",
-                field="model",
-            )
+        loaded.require_model(request.model)
         given = request.WhichOneof("input")
         if given != "token_ids":
             raise invalid(given or "token_ids", "a worker takes token_ids only; text and chat are the frontend's")
@@ -142,30 +140,6 @@ class LegRunner:
         finished.request_id = leg.request_id
         timings.write(finished.timings)
         return response
-
-    def _typed(self, error: EngineRefusedError | EngineDeadError | RequestError) -> RequestError:
-        if isinstance(error, RequestError):
-            return error
-        if isinstance(error, EngineRefusedError):
-            return self._failed(grpc.StatusCode.INVALID_ARGUMENT, Reason.ENGINE_REFUSED, str(error))
-        return self._failed(grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_DEAD, str(error))
-
-    def _abort_error(self, leg: Leg, finish: EngineFinish) -> RequestError:
-        if leg.drained_out:
-            return self._failed(
-                grpc.StatusCode.UNAVAILABLE, Reason.SHUTTING_DOWN, "the worker shut down before the request ended"
-            )
-        if leg.abort_requested:
-            return cancelled("aborted")
-        if finish.status == 400:
-            return self._failed(grpc.StatusCode.INVALID_ARGUMENT, Reason.ENGINE_REFUSED, finish.message)
-        return self._failed(grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_ABORTED, finish.message, retry_after=1.0)
-
-    def _failed(
-        self, code: grpc.StatusCode, reason: Reason, message: str, retry_after: float | None = None
-    ) -> RequestError:
-        core = self._core
-        return RequestError(code, reason, message, leg=core.role, worker=core.instance_id, retry_after=retry_after)
 
 
 class _Timings:

@@ -81,6 +81,7 @@ def build_model_info(
         eos_token_ids=info.eos_token_ids,
         bos_token_id=info.bos_token_id,
         tokenizer_sha256=digest(files),
+        rpcs=[mode_of(Role.from_proto(record.role)).rpc],
     )
 
 
@@ -109,6 +110,7 @@ def _runtime(mode: Mode, info: EngineInfo, has_tokenizer: bool) -> worker_pb2.Ru
         reasoning_parser=info.reasoning_parser,
         seeded_sampling=info.seeded_sampling,
         has_tokenizer=has_tokenizer,
+        embedding=None if info.embedding is None else info.embedding.to_proto(),
         versions=worker_pb2.Versions(
             kvbaton=own_version(),
             engine=info.engine,

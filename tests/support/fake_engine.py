@@ -7,15 +7,19 @@ host, the frontend and the registry run for real around it.
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from prometheus_client import Metric
 
+from services.embedding_requests import EmbeddingSize
 from services.requests import Role
 from services.worker.engines.kv_events import KvChange
 from services.worker.engines.protocol import (
+    EmbeddingRequest,
+    EngineAbortedError,
     EngineDeadError,
     EngineDelta,
     EngineFinish,
@@ -24,16 +28,23 @@ from services.worker.engines.protocol import (
     EngineRequest,
     Finish,
     ProbePayload,
+    Vector,
 )
 
 VOCABULARY = 49152
 CONTEXT = 256
+DIMENSION = 8
 
 
 def expected_tokens(prompt: list[int], count: int) -> list[int]:
     """The oracle: what every correct answer to `prompt` begins with."""
     seed = sum((index + 1) * token for index, token in enumerate(prompt))
     return [(seed + 31 * index) % 1000 + 100 for index in range(count)]
+
+
+def expected_vector(prompt: list[int], dimensions: int = DIMENSION) -> list[float]:
+    """The same for embeddings: numbers that float32 holds exactly."""
+    return [float(sum(prompt) + index) for index in range(dimensions)]
 
 
 @dataclass
@@ -59,6 +70,10 @@ class Behaviour:
     probe_hangs: bool = False
     dp_size: int = 1
     cached_tokens: int = 0
+    embed_seconds: float = 0.0
+    embed_fails: str = ""
+    """Non-empty: every embedding is aborted by the engine with this message."""
+    matryoshka: tuple[int, ...] = ()
 
 
 class FakeEngine:
@@ -70,6 +85,7 @@ class FakeEngine:
         self.role, self.rooms, self.pool_tokens = role, rooms, pool_tokens
         self.behaviour = behaviour or Behaviour()
         self.seen: list[EngineRequest] = []
+        self.embedded: list[EmbeddingRequest] = []
         self.live: dict[str, asyncio.Event] = {}
         self.aborted: list[str] = []
         self._dead: asyncio.Future[str] | None = None
@@ -114,8 +130,29 @@ class FakeEngine:
             eos_token_ids=(2,),
             bos_token_id=1,
             seeded_sampling=True,
-            has_kv_events=self.role is not Role.DECODE,
+            has_kv_events=self.role in (Role.PREFILL, Role.AGGREGATED),
+            embedding=self._embedding_size(),
         )
+
+    def _embedding_size(self) -> EmbeddingSize | None:
+        lengths = self.behaviour.matryoshka
+        return EmbeddingSize(DIMENSION, bool(lengths), lengths) if self.role is Role.EMBEDDING else None
+
+    async def embed(self, request: EmbeddingRequest) -> list[Vector]:
+        self.embedded.append(request)
+        stop = self.live[request.engine_id] = asyncio.Event()
+        try:
+            if self.behaviour.embed_fails:
+                raise EngineAbortedError(EngineFinish(Finish.ABORT, message=self.behaviour.embed_fails, status=500))
+            if self.behaviour.hang:
+                await stop.wait()
+            await _wait(stop, self.behaviour.embed_seconds)
+            self._raise_if_dead()
+            if stop.is_set():
+                raise EngineAbortedError(EngineFinish(Finish.ABORT, message="aborted"))
+            return [array("f", expected_vector(each, request.dimensions or DIMENSION)) for each in request.inputs]
+        finally:
+            del self.live[request.engine_id]
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
         self.seen.append(request)

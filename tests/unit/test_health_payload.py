@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.requests import Limits
+from services.requests import Limits, Role
 from services.worker.engines.protocol import ProbePayload
 from services.worker.health.payload import HealthCheck
 
@@ -14,16 +14,16 @@ LIMITS = Limits(context_length=64, max_prompt_tokens=32, vocab_size=100, seeded_
 
 
 def test_one_greedy_token_unless_told_otherwise() -> None:
-    payload = HealthCheck.parse("").payload(LIMITS)
+    payload = HealthCheck.parse("", Role.AGGREGATED).payload(LIMITS)
     assert (len(payload.token_ids), payload.sampling.max_new_tokens, payload.sampling.temperature) == (1, 1, 0.0)
-    payload = HealthCheck.parse('{"tokenIds": {"ids": [5, 6]}}').payload(LIMITS)
+    payload = HealthCheck.parse('{"tokenIds": {"ids": [5, 6]}}', Role.AGGREGATED).payload(LIMITS)
     assert (payload.token_ids, payload.sampling.max_new_tokens, payload.sampling.temperature) == ((5, 6), 1, 0.0)
 
 
 def test_json_and_file_say_the_same(tmp_path: Path) -> None:
     text = '{"token_ids": {"ids": [7]}, "sampling": {"max_new_tokens": 3, "temperature": 0.5, "seed": 1}}'
     (tmp_path / "payload.json").write_text(text)
-    given, read = (HealthCheck.parse(flag).payload(LIMITS) for flag in (text, f"@{tmp_path}/payload.json"))
+    given, read = (HealthCheck.parse(flag, Role.AGGREGATED).payload(LIMITS) for flag in (text, f"@{tmp_path}/payload.json"))
     assert given == read != ProbePayload()
     assert (given.sampling.max_new_tokens, given.sampling.temperature, given.sampling.seed) == (3, 0.5, 1)
 
@@ -42,7 +42,7 @@ def test_json_and_file_say_the_same(tmp_path: Path) -> None:
 )
 def test_what_is_no_payload_is_refused_at_once_by_name(flag: str, named: str) -> None:
     with pytest.raises(ValueError, match=f"--health-check-payload.*{named}"):
-        HealthCheck.parse(flag)
+        HealthCheck.parse(flag, Role.AGGREGATED)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,12 @@ def test_what_is_no_payload_is_refused_at_once_by_name(flag: str, named: str) ->
     ],
 )
 def test_what_the_model_cannot_take_is_refused_by_name(flag: str, named: str) -> None:
-    check = HealthCheck.parse(flag)
+    check = HealthCheck.parse(flag, Role.AGGREGATED)
     with pytest.raises(ValueError, match=f"--health-check-payload.*{named}"):
         check.payload(LIMITS)
+
+
+def test_an_embedding_worker_samples_nothing() -> None:
+    assert HealthCheck.parse('{"tokenIds": {"ids": [5]}}', Role.EMBEDDING).payload(LIMITS).token_ids == (5,)
+    with pytest.raises(ValueError, match="sampling: an embedding worker"):
+        HealthCheck.parse('{"tokenIds": {"ids": [5]}, "sampling": {"maxNewTokens": 2}}', Role.EMBEDDING)

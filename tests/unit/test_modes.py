@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.modes import MODES, Command, DisaggregationMode, Probe, mode_of, select_mode
+from services.modes import EMBED, GENERATE, MODES, Command, DisaggregationMode, Probe, mode_of, select_mode
 from services.requests import Role
 
 
@@ -31,7 +31,7 @@ def test_a_mode_of_the_other_command_is_refused(command: Command, disaggregation
 
 
 def test_every_role_has_one_row() -> None:
-    assert sorted(mode.role for mode in MODES if mode.role is not None) == sorted(Role)
+    assert sorted(mode.role for mode in MODES) == sorted(Role)
     assert len({mode.selected_by for mode in MODES}) == len(MODES)
 
 
@@ -44,6 +44,17 @@ def test_what_depends_on_the_mode() -> None:
     assert aggregated.selected_by == "kvbaton decode --disaggregation-mode null"
 
 
-def test_a_row_without_role_is_reserved() -> None:
-    with pytest.raises(ValueError, match=r"kvbaton decode --embedding-worker.*not built yet"):
-        select_mode("decode", None, embedding_worker=True)
+def test_an_embedding_worker_is_a_decode_command_with_a_flag() -> None:
+    mode = select_mode("decode", None, embedding_worker=True)
+    assert mode is mode_of(Role.EMBEDDING)
+    assert (mode.rpc, mode.probe, mode.needs, mode.has_bootstrap) == (EMBED, Probe.EMBEDDING, (), False)
+    assert mode.selected_by == "kvbaton decode --embedding-worker"
+    assert select_mode("decode", "null", embedding_worker=True) is mode
+    with pytest.raises(ValueError, match="contradicts --embedding-worker"):
+        select_mode("decode", "decode", embedding_worker=True)
+    with pytest.raises(ValueError, match="--embedding-worker is not for `kvbaton prefill`"):
+        select_mode("prefill", None, embedding_worker=True)
+
+
+def test_every_mode_takes_one_kind_of_request() -> None:
+    assert {mode.role: mode.rpc for mode in MODES if mode.rpc != GENERATE} == {Role.EMBEDDING: EMBED}

@@ -1,12 +1,16 @@
-"""The probe that every engine is asked for: a real generation, in a disaggregated role through a pretended peer."""
+"""The probe that every engine is asked for: a real generation, in a disaggregated role through a pretended peer, or a
+real embedding."""
 
 from __future__ import annotations
 
+import math
 import uuid
 
 from services.telemetry import tracing
 from services.worker.engines.protocol import (
+    EmbeddingRequest,
     Engine,
+    EngineAbortedError,
     EngineFinish,
     EngineRefusedError,
     EngineRequest,
@@ -50,3 +54,14 @@ async def generate_probe(
     if not tokens or finish is None or finish.reason is Finish.ABORT:
         ending = "nothing" if finish is None else f"{finish.reason} {finish.message}".strip()
         raise RuntimeError(f"the probe got {tokens} tokens and then {ending}")
+
+
+async def embedding_probe(engine: Engine, payload: ProbePayload | None) -> None:
+    """An embedding of the payload's tokens. Raises EngineDeadError, or RuntimeError with what came back instead."""
+    payload = payload or ProbePayload()
+    try:
+        (vector,) = await engine.embed(EmbeddingRequest(uuid.uuid4().hex, [list(payload.token_ids)]))
+    except (EngineRefusedError, EngineAbortedError) as error:
+        raise RuntimeError(f"the probe was not embedded: {error}") from error
+    if not vector or not all(map(math.isfinite, vector)):
+        raise RuntimeError(f"the probe's embedding has {len(vector)} numbers, and some are not finite")

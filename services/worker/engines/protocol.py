@@ -5,13 +5,15 @@ Two implementations: `sglang` and, for scale and faults, `simulated`. Nothing of
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from array import array
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from prometheus_client import Metric
 
+from services.embedding_requests import EmbeddingSize
 from services.requests import Role, Room, Sampling
 from services.worker.engines.kv_events import KvChange
 
@@ -35,8 +37,25 @@ class EngineRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """Inputs to be embedded together; at least one, none empty.
+
+    `engine_id` as in `EngineRequest`. `dimensions` is None for whole vectors.
+    """
+
+    engine_id: str
+    inputs: Sequence[list[int]]
+    dimensions: int | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Vector: TypeAlias = "array[float]"
+"""One embedding: `array("f")`."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProbePayload:
-    """What a probe generates from; the first token of any vocabulary unless an operator knows a better one."""
+    """What a probe generates from, or embeds; the first token of any vocabulary unless an operator knows better."""
 
     token_ids: tuple[int, ...] = (0,)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=1, temperature=0.0))
@@ -101,6 +120,8 @@ class EngineInfo:
     reasoning_parser: str = ""
     # Whether `Engine.kv_events` tells anything.
     has_kv_events: bool = False
+    # None for an engine that generates.
+    embedding: EmbeddingSize | None = None
 
     @property
     def total_kv_pages(self) -> int:
@@ -127,6 +148,14 @@ class EngineDeadError(Exception):
 
 class EngineRefusedError(Exception):
     """The engine refused a request before running it (its own validation); the message is the engine's."""
+
+
+class EngineAbortedError(Exception):
+    """An embedding request was ended, by `abort` or by the engine; `finish` says why."""
+
+    def __init__(self, finish: EngineFinish) -> None:
+        super().__init__(finish.message)
+        self.finish = finish
 
 
 class Engine(Protocol):
@@ -159,6 +188,14 @@ class Engine(Protocol):
         """
         ...
 
+    async def embed(self, request: EmbeddingRequest) -> list[Vector]:
+        """A vector for each input, in their order; for engines in the embedding role, which take nothing else.
+
+        Returns, or raises, when the engine has let go of every input. Raises EngineRefusedError, EngineDeadError, or
+        EngineAbortedError within seconds of an `abort`.
+        """
+        ...
+
     async def abort(self, engine_id: str) -> None:
         """Ends a running request; its iterator ends with Finish.ABORT within seconds, whatever the engine does.
 
@@ -172,6 +209,7 @@ class Engine(Protocol):
 
     async def probe(self, dp_rank: int = 0, payload: ProbePayload | None = None) -> None:
         """One real generation on that rank, by default of one token; in a disaggregated role it moves no KV cache.
+        In the embedding role one embedding, of the payload's token ids.
 
         Raises EngineDeadError, TimeoutError, or RuntimeError with what came back instead of an answer.
         """

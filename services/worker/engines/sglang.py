@@ -13,7 +13,8 @@ import gc
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -29,17 +30,22 @@ from services.modes import Probe
 from services.telemetry.otlp import OtlpTarget
 from services.transport import PortTakenError, join_host_port
 from services.worker.engines import sglang_compat as compat
+from services.worker.engines.embedding_batch import EmbeddingBatches
 from services.worker.engines.kv_events import KvChange
-from services.worker.engines.probe import generate_probe
+from services.worker.engines.probe import embedding_probe, generate_probe
 from services.worker.engines.protocol import (
+    EmbeddingRequest,
+    EngineAbortedError,
     EngineDeadError,
     EngineDelta,
     EngineInfo,
     EngineLoad,
     EngineRefusedError,
     EngineRequest,
+    Finish,
     ProbePayload,
     Role,
+    Vector,
 )
 from services.worker.engines.sglang_child import run_detokenizer, run_scheduler
 from services.worker.engines.sglang_death import DeathWatch, take_sigquit
@@ -56,7 +62,7 @@ from services.worker.engines.sglang_launch import (
     remove_stale_tmp_dirs,
 )
 from services.worker.engines.sglang_logging import write_logging_config
-from services.worker.engines.sglang_stream import Chunk, LiveRequest, call_arguments, check_request
+from services.worker.engines.sglang_stream import Chunk, LiveRequest, call_arguments, check_request, check_tokens
 
 __all__ = ["SglangEngine", "SglangOptions", "check_native_flags", "spans_target"]
 
@@ -103,6 +109,7 @@ class SglangEngine:
         self._death = DeathWatch()
         self._live: dict[str, LiveRequest] = {}
         self._pumps: dict[str, asyncio.Task[None]] = {}
+        self._embeddings = EmbeddingBatches(self._embed_one)
         self._sglang: Any = None
         self._outputs: asyncio.Task[None] | None = None
         self._dead: asyncio.Future[str] | None = None
@@ -169,13 +176,44 @@ class SglangEngine:
         except (EngineDeadError, EngineRefusedError) as error:
             live.fail(error)
         else:
-            self._submit(live, request)
+            arguments = call_arguments(request, seeded=self.info().seeded_sampling)
+
+            async def open_stream() -> AsyncIterator[Chunk]:
+                return await self._sglang.async_generate(**arguments)
+
+            self._submit(live, open_stream)
         return live.deltas()
+
+    async def embed(self, request: EmbeddingRequest) -> list[Vector]:
+        """See the protocol. Spread over the dp ranks by SGLang's own balancing."""
+        self._raise_if_dead()
+        for token_ids in request.inputs:
+            check_tokens(token_ids, self.info().vocab_size)
+        return await self._embeddings.run(request, self.abort)
+
+    async def _embed_one(self, engine_id: str, token_ids: list[int], request: EmbeddingRequest) -> Vector:
+        live = LiveRequest(engine_id, len(token_ids))
+
+        async def open_stream() -> AsyncIterator[Chunk]:
+            return compat.embedding_stream(
+                self._sglang.tokenizer_manager,
+                engine_id=engine_id,
+                token_ids=token_ids,
+                dimensions=request.dimensions,
+                trace_headers=request.trace_headers,
+            )
+
+        self._submit(live, open_stream)
+        async for delta in live.deltas():
+            if delta.finish is not None and delta.finish.reason is Finish.ABORT:
+                raise EngineAbortedError(delta.finish)
+        return array("f", live.embedding)
 
     async def abort(self, engine_id: str) -> None:
         """See the protocol. Also for a request whose iterator was dropped."""
-        if (live := self._live.get(engine_id)) is not None:
-            self._abort(live)
+        for each in (engine_id, *self._embeddings.inputs_of(engine_id)):
+            if (live := self._live.get(each)) is not None:
+                self._abort(live)
 
     def _abort(self, live: LiveRequest) -> None:
         if live.aborting:
@@ -202,14 +240,20 @@ class SglangEngine:
         return [compat.load_of(snapshot) for snapshot in snapshots]
 
     async def probe(self, dp_rank: int = 0, payload: ProbePayload | None = None) -> None:
-        """See the protocol. In a prefill or decode role it proves the scheduler and not the transfer."""
+        """See the protocol. In a prefill or decode role it proves the scheduler and not the transfer.
+
+        An embedding goes to the rank whose turn it is: SGLang doesn't let one choose.
+        """
         try:
             async with asyncio.timeout(self._options.probe_timeout_s):
+                if self._options.mode.probe is Probe.EMBEDDING:
+                    await embedding_probe(self, payload)
+                    return
                 pretended = self._options.mode.probe is Probe.TOKEN_WITHOUT_PEER
                 port = self._options.bootstrap_port if pretended else None
                 await generate_probe(self, payload, dp_rank=dp_rank, bootstrap_port=port)
         except TimeoutError:
-            raise TimeoutError(f"no token within {self._options.probe_timeout_s:g} s") from None
+            raise TimeoutError(f"no answer within {self._options.probe_timeout_s:g} s") from None
 
     async def kv_events(self) -> AsyncIterator[KvChange]:
         """See the protocol. Each time from the first event on, as far back as SGLang remembers."""
@@ -325,12 +369,7 @@ class SglangEngine:
             time.sleep(0.02)
         raise RuntimeError(self._death.cause or "the scheduler reported no load after it was ready")
 
-    def _submit(self, live: LiveRequest, request: EngineRequest) -> None:
-        arguments = call_arguments(request, seeded=self.info().seeded_sampling)
-
-        async def open_stream() -> AsyncIterator[Chunk]:
-            return await self._sglang.async_generate(**arguments)
-
+    def _submit(self, live: LiveRequest, open_stream: Callable[[], Awaitable[AsyncIterator[Chunk]]]) -> None:
         loop = asyncio.get_running_loop()
         backstop = loop.call_later(self._options.backstop_timeout_s + _BACKSTOP_MARGIN_S, self._backstop, live)
 

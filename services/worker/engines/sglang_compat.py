@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -186,6 +186,28 @@ def is_dispatched(tokenizer_manager: Any, engine_id: str) -> bool:
     """
     state = tokenizer_manager.rid_to_state.get(engine_id)
     return state is not None and bool(state.dispatched)
+
+
+def embedding_stream(
+    tokenizer_manager: Any,
+    *,
+    engine_id: str,
+    token_ids: list[int],
+    dimensions: int | None,
+    trace_headers: Mapping[str, str],
+) -> AsyncIterator[Mapping[str, Any]]:
+    """The one chunk of an embedding, which has `embedding` beside `meta_info`.
+
+    This is what `Engine.async_encode` does inside, which takes only text in both versions. Neither takes a dp rank.
+    """
+    request_class = import_module("sglang.srt.managers.io_struct").EmbeddingReqInput
+    request = request_class(
+        rid=engine_id,
+        input_ids=token_ids,
+        dimensions=dimensions,
+        external_trace_header=dict(trace_headers) or None,
+    )
+    return tokenizer_manager.generate_request(request, None)
 
 
 def load_of(snapshot: Any) -> EngineLoad:

@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from services.embedding_requests import EmbeddingSize
 from services.worker.engines.protocol import EngineInfo
 from services.worker.engines.sglang_compat import resolved
 
@@ -50,6 +51,17 @@ def engine_info(
         tool_call_parser=str(args["tool_call_parser"] or ""),
         reasoning_parser=str(args["reasoning_parser"] or ""),
         has_kv_events=tells_kv_events and not args["disable_radix_cache"],
+        embedding=embedding_size(model) if args["is_embedding"] else None,
+    )
+
+
+def embedding_size(model: Any) -> EmbeddingSize:
+    """What SGLang's pooler gives, and what its check of `dimensions` lets through."""
+    named = tuple(sorted(int(each) for each in getattr(model, "matryoshka_dimensions", None) or ()))
+    return EmbeddingSize(
+        dimension=int(model.hidden_size),
+        matryoshka=bool(getattr(model, "is_matryoshka", False)),
+        matryoshka_dimensions=named,
     )
 
 

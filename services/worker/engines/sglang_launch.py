@@ -58,7 +58,7 @@ class SglangOptions:
     """The same from the file of --config; flags win."""
 
     kv_events: bool = True
-    """Tell of what the prefix cache holds; a decode engine has none."""
+    """Tell of what the prefix cache holds; decode and embedding engines have none."""
 
     metrics: bool = False
     """Collect SGLang's own metrics."""
@@ -89,7 +89,7 @@ class SglangOptions:
     @property
     def tells_kv_events(self) -> bool:
         """Whether the schedulers are made to tell of their prefix caches."""
-        return self.kv_events and self.role is not Role.DECODE
+        return self.kv_events and self.role in (Role.PREFILL, Role.AGGREGATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +148,10 @@ def default_fields(options: SglangOptions) -> dict[str, Any]:
         grpc = options.spans.protocol == "grpc"
         fields["enable_trace"] = True
         fields["otlp_traces_endpoint"] = options.spans.host_and_port if grpc else options.spans.endpoint
+    if options.role is Role.EMBEDDING:
+        # A pooler sees only the tokens of its forward pass: a mean or the first token's state would be wrong behind a
+        # cached prefix, or over chunks.
+        fields |= {"disable_radix_cache": True, "chunked_prefill_size": -1}
     if options.device != "cpu":
         return fields
     fields |= {

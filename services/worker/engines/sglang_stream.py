@@ -24,11 +24,8 @@ _BAD_REQUEST = 400
 
 def check_request(request: EngineRequest, vocab_size: int, *, seeded: bool) -> None:
     """Raise EngineRefusedError for what SGLang doesn't check and what would end its scheduler process."""
-    tokens, sampling = request.token_ids, request.sampling
-    if not tokens:
-        raise EngineRefusedError("the prompt is empty")
-    if min(tokens) < 0 or max(tokens) >= vocab_size:
-        raise EngineRefusedError(f"the prompt has token ids outside [0, {vocab_size})")
+    sampling = request.sampling
+    check_tokens(request.token_ids, vocab_size)
     if any(not 0 <= token < vocab_size for token in sampling.stop_token_ids):
         raise EngineRefusedError(f"stop_token_ids are outside [0, {vocab_size})")
     if sampling.max_new_tokens < 1:
@@ -38,6 +35,14 @@ def check_request(request: EngineRequest, vocab_size: int, *, seeded: bool) -> N
             raise EngineRefusedError("this engine takes no seed: start it with --enable-deterministic-inference")
         if sampling.seed not in _SEED_RANGE:
             raise EngineRefusedError("seed must fit into 64 bits with a sign")
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """The same for a prompt, or a text to be embedded."""
+    if not tokens:
+        raise EngineRefusedError("the prompt is empty")
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        raise EngineRefusedError(f"the prompt has token ids outside [0, {vocab_size})")
 
 
 def sampling_params(sampling: Sampling, *, seeded: bool) -> dict[str, Any]:
@@ -96,6 +101,8 @@ class LiveRequest:
         self.engine_id = engine_id
         self.aborting = False
         self.done = False
+        self.embedding: Sequence[float] = ()
+        """Of an embedding request that has ended well."""
         self._prompt_tokens = prompt_tokens
         self._delivered = 0
         self._output: asyncio.Queue[EngineDelta | Exception] = asyncio.Queue()
@@ -159,6 +166,7 @@ class LiveRequest:
                 self.fail(EngineRefusedError(str(reason.get("message", "refused by the scheduler"))))
                 return
         self._delivered += len(tokens)
+        self.embedding = chunk.get("embedding") or ()
         self._put(EngineDelta(list(tokens), self._finish(reason, meta)))
 
     def _finish(self, reason: Mapping[str, Any], meta: Mapping[str, Any]) -> EngineFinish:

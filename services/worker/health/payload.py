@@ -1,4 +1,4 @@
-"""`--health-check-payload`: what the warm-up, `Probe` and the canary generate from.
+"""`--health-check-payload`: what the warm-up, `Probe` and the canary generate from, or embed.
 
 Written as the fields `token_ids` and `sampling` of a GenerateRequest, in protobuf's JSON. Every other field is the
 probe's own: in a disaggregated role its peer is pretended, and its rank is whichever is asked.
@@ -12,7 +12,7 @@ from google.protobuf import json_format
 
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2
-from services.requests import Limits, check_prompt, check_sampling
+from services.requests import Limits, Role, check_prompt, check_sampling
 from services.worker.engines.protocol import ProbePayload
 
 _FLAG = "--health-check-payload"
@@ -27,7 +27,7 @@ class HealthCheck:
         self._request = request
 
     @classmethod
-    def parse(cls, flag: str) -> HealthCheck:
+    def parse(cls, flag: str, role: Role) -> HealthCheck:
         """`flag` is JSON, @FILE, or empty for one greedy token. Raises ValueError naming the flag and the field."""
         if not flag:
             return cls(None)
@@ -42,6 +42,8 @@ class HealthCheck:
         for field, _ in request.sampling.ListFields():
             if field.name in _FRONTENDS:
                 raise ValueError(f"{_FLAG}: sampling.{field.name} is the frontend's")
+        if role is Role.EMBEDDING and request.HasField("sampling"):
+            raise ValueError(f"{_FLAG}: sampling: an embedding worker samples nothing")
         if not request.token_ids.ids:
             raise ValueError(f"{_FLAG}: token_ids.ids is missing")
         return cls(request)

@@ -1,4 +1,4 @@
-"""HealthService of a worker: its state from loading on, its load, and a real one-token generation."""
+"""HealthService of a worker: its state from loading on, its load, and a real generation or embedding."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
     async def Probe(
         self, request: health_pb2.ProbeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.ProbeResponse:
-        """A generation through the engine."""
+        """A generation, or an embedding, through the engine."""
         loaded = self._core.require_loaded()
         if request.dp_rank >= loaded.info.dp_size:
             raise invalid("dp_rank", f"{request.dp_rank}: this worker has {loaded.info.dp_size} data-parallel ranks")
@@ -60,7 +60,7 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
                 await loaded.engine.probe(request.dp_rank, loaded.probe_payload)
         except TimeoutError as error:
             raise self._failed(
-                grpc.StatusCode.DEADLINE_EXCEEDED, f"no token from the engine within {PROBE_TIMEOUT:g} s"
+                grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer from the engine within {PROBE_TIMEOUT:g} s"
             ) from error
         except (EngineDeadError, RuntimeError) as error:
             raise self._failed(grpc.StatusCode.UNAVAILABLE, str(error)) from error

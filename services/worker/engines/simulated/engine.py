@@ -16,9 +16,13 @@ from typing import Any
 from prometheus_client import Metric
 from starlette.applications import Starlette
 
+from services.embedding_requests import EmbeddingSize
+from services.worker.engines.embedding_batch import EmbeddingBatches
 from services.worker.engines.kv_events import KvChange, KvEvent
-from services.worker.engines.probe import generate_probe
+from services.worker.engines.probe import embedding_probe, generate_probe
 from services.worker.engines.protocol import (
+    EmbeddingRequest,
+    EngineAbortedError,
     EngineDeadError,
     EngineDelta,
     EngineFinish,
@@ -29,14 +33,24 @@ from services.worker.engines.protocol import (
     Finish,
     ProbePayload,
     Role,
+    Sampling,
+    Vector,
 )
 from services.worker.engines.simulated import control
 from services.worker.engines.simulated.aggregated_rank import AggregatedRank
 from services.worker.engines.simulated.bootstrap import BootstrapServer, PrefillTable, listen
 from services.worker.engines.simulated.decode_rank import DecodeRank
+from services.worker.engines.simulated.embedding_rank import EmbeddingRank
 from services.worker.engines.simulated.faults import Faults
 from services.worker.engines.simulated.options import SimulatedOptions, script_file
-from services.worker.engines.simulated.oracle import BOS_TOKEN, EOS_TOKEN, TOKEN_BYTES, TokenModel, TokenRule
+from services.worker.engines.simulated.oracle import (
+    BOS_TOKEN,
+    EOS_TOKEN,
+    TOKEN_BYTES,
+    TokenModel,
+    TokenRule,
+    expected_embedding,
+)
 from services.worker.engines.simulated.peers import PeerTable
 from services.worker.engines.simulated.prefill_rank import PrefillRank
 from services.worker.engines.simulated.prompt_rank import PromptRank
@@ -77,6 +91,7 @@ class SimulatedEngine:
         self._data_servers: list[asyncio.Server] = []
         self._peers: PeerTable | None = None
         self._kv_changes: asyncio.Queue[KvChange] | None = None
+        self._embeddings = EmbeddingBatches(self._embed_one)
 
     @property
     def bootstrap_port(self) -> int:
@@ -112,7 +127,8 @@ class SimulatedEngine:
             self._peers = PeerTable(self.options, self.incarnation, [*decode], self.scheduler.wake)
             self.scheduler.start(decode)
         else:
-            self.scheduler.start([AggregatedRank(*self._rank(i), tell=self._teller(i)) for i in ranks])
+            rank = EmbeddingRank if self.role is Role.EMBEDDING else AggregatedRank
+            self.scheduler.start([rank(*self._rank(i), tell=self._teller(i)) for i in ranks])
 
     def info(self) -> EngineInfo:
         """See the protocol."""
@@ -138,7 +154,8 @@ class SimulatedEngine:
             eos_token_ids=(EOS_TOKEN,),
             bos_token_id=BOS_TOKEN,
             seeded_sampling=True,
-            has_kv_events=self.role is not Role.DECODE and options.prefix_cache,
+            has_kv_events=self.role in (Role.PREFILL, Role.AGGREGATED) and options.prefix_cache,
+            embedding=self._embedding_size(),
         )
 
     def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
@@ -155,8 +172,27 @@ class SimulatedEngine:
         self.scheduler.submit(self._choose_rank(request), live)
         return live.stream.deltas()
 
+    async def embed(self, request: EmbeddingRequest) -> list[Vector]:
+        """See the protocol."""
+        return await self._embeddings.run(request, self.abort)
+
+    async def _embed_one(self, engine_id: str, token_ids: list[int], request: EmbeddingRequest) -> Vector:
+        async for delta in self.generate(EngineRequest(engine_id, token_ids, Sampling(max_new_tokens=1))):
+            if delta.finish is not None and delta.finish.reason is Finish.ABORT:
+                raise EngineAbortedError(delta.finish)
+        return expected_embedding(token_ids, request.dimensions or self.options.embedding_dimension)
+
+    def _embedding_size(self) -> EmbeddingSize | None:
+        if self.role is not Role.EMBEDDING:
+            return None
+        return EmbeddingSize(self.options.embedding_dimension, self.options.matryoshka)
+
     async def abort(self, engine_id: str) -> None:
         """See the protocol. A frozen scheduler drops the request when it thaws; its stream ends before."""
+        for each in (engine_id, *self._embeddings.inputs_of(engine_id)):
+            self._abort_one(each)
+
+    def _abort_one(self, engine_id: str) -> None:
         found = self.scheduler.live.get(engine_id)
         if found is None or found[1].aborting:
             return
@@ -186,6 +222,9 @@ class SimulatedEngine:
 
     async def probe(self, dp_rank: int = 0, payload: ProbePayload | None = None) -> None:
         """See the protocol."""
+        if self.role is Role.EMBEDDING:
+            await embedding_probe(self, payload)
+            return
         port = self._addresses.bootstrap_port if self.role.disaggregated else None
         await generate_probe(self, payload, dp_rank=dp_rank, bootstrap_port=port)
 

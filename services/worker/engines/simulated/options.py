@@ -29,6 +29,9 @@ class SimulatedOptions:
     """In the prefill and aggregated roles; decode never has one."""
     eos_rate: float = 0.0
     """How often a token is the end of the sequence: 0 never, 0.01 once in a hundred."""
+    embedding_dimension: int = 64
+    matryoshka: bool = False
+    """Embedding role: numbers in a vector, and whether fewer can be asked for."""
     script: str = ""
     """A JSON file, `[{"prompt": [1, 2], "tokens": [3, 4]}]`: answers that are played instead of computed."""
 
@@ -68,7 +71,7 @@ class SimulatedOptions:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "page_size", "max_running_requests", "chunk_tokens", "dp_size"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("fetch_retries", "heartbeat_failures"):
+        for name in ("fetch_retries", "heartbeat_failures", "embedding_dimension"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
         _require(self.vocab_size >= 8, "vocab_size", "must be at least 8")
         _require(self.max_total_tokens >= self.page_size, "max_total_tokens", "holds no page")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from services.worker.engines.protocol import Finish, Sampling
+from services.worker.engines.protocol import Finish, Sampling, Vector
 
 if TYPE_CHECKING:
     from hashlib import blake2b as Hash  # noqa: N812 - a class in the type stubs only
@@ -135,6 +136,15 @@ def expected_answer(prompt: Sequence[int], sampling: Sampling, model: TokenModel
 def expected_tokens(prompt: Sequence[int], sampling: Sampling, model: TokenModel | None = None) -> list[int]:
     """The tokens of `expected_answer`."""
     return expected_answer(prompt, sampling, model).token_ids
+
+
+def expected_embedding(tokens: Sequence[int], dimensions: int) -> Vector:
+    """The vector of every correct embedding of `tokens`, of length 1; shorter ones are the beginning of longer ones."""
+    seed = new_context(to_bytes(tokens)).digest()
+    drawn = hashlib.shake_256(seed).digest(4 * dimensions)
+    numbers = [number / 2**31 - 1 for number in array("I", drawn)]
+    length = math.hypot(*numbers)
+    return array("f", [number / length for number in numbers])
 
 
 def _sampling_key(sampling: Sampling) -> tuple[bytes, bool]:
