@@ -10,7 +10,9 @@ Works against a frontend and, with token ids and a bootstrap, against a single w
 
 from __future__ import annotations
 
+import sys
 import uuid
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +22,19 @@ import grpc
 import grpc.aio
 
 from kvbaton.errors import RequestError, invalid
-from kvbaton.v1 import generate_pb2, generate_pb2_grpc, health_pb2, health_pb2_grpc, model_pb2, model_pb2_grpc
+from kvbaton.v1 import (
+    embed_pb2,
+    embed_pb2_grpc,
+    generate_pb2,
+    generate_pb2_grpc,
+    health_pb2,
+    health_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
 from kvbaton.v1.generate_pb2 import Bootstrap, ChatMessage, GenerateRequest, GenerateResponse, SamplingParams
 
-__all__ = ["Answer", "Bootstrap", "ChatMessage", "Client", "SamplingParams"]
+__all__ = ["Answer", "Bootstrap", "ChatMessage", "Client", "Embeddings", "SamplingParams"]
 
 T = TypeVar("T")
 
@@ -57,6 +68,15 @@ class Answer:
             self.finished = chunk.finished
 
 
+class Embeddings:
+    """The vectors of one request, in the order of its inputs."""
+
+    def __init__(self, response: embed_pb2.EmbedResponse) -> None:
+        self.response = response
+        """Usage, timings, the worker, and what was truncated."""
+        self.vectors: list[list[float]] = [_numbers(each.float32) for each in response.embeddings]
+
+
 class Client:
     """One connection; use it as an async context manager.
 
@@ -81,6 +101,7 @@ class Client:
             self._channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(*files), options=_OPTIONS)
         self._timeout, self._call_timeout = timeout, call_timeout
         self._generate = generate_pb2_grpc.GenerateServiceStub(self._channel)
+        self._embed = embed_pb2_grpc.EmbedServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
 
@@ -155,6 +176,31 @@ class Client:
             answer.add(chunk)
         return answer
 
+    async def embed(
+        self,
+        inputs: Iterable[str | Iterable[int]],
+        *,
+        model: str = "",
+        dimensions: int | None = None,
+        truncate: bool | None = None,
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """A vector for each input, a text or token ids; a worker takes token ids only. See EmbedRequest for the rest.
+
+        Cancelling it cancels the request. Raises RequestError.
+        """
+        if isinstance(inputs, str):
+            raise invalid("inputs", "a list of texts, not one")
+        request = embed_pb2.EmbedRequest(
+            request_id=request_id or uuid.uuid4().hex,
+            model=model,
+            inputs=[_embed_input(each) for each in inputs],
+            truncate=truncate,
+            dimensions=dimensions,
+        )
+        return Embeddings(await _typed(self._embed.Embed(request, timeout=timeout or self._timeout)))
+
     async def abort(self, request_id: str) -> bool:
         """Aborts a live request; False when there was none by that id."""
         request = generate_pb2.AbortRequest(request_id=request_id)
@@ -190,6 +236,19 @@ def _request(text: str | None, chat: Messages | None, token_ids: Iterable[int] |
         messages = [m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in chat]
         return GenerateRequest(chat=generate_pb2.ChatInput(messages=messages))
     return GenerateRequest(token_ids=generate_pb2.TokenIds(ids=token_ids or ()))
+
+
+def _embed_input(value: str | Iterable[int]) -> embed_pb2.EmbedInput:
+    if isinstance(value, str):
+        return embed_pb2.EmbedInput(text=value)
+    return embed_pb2.EmbedInput(token_ids=generate_pb2.TokenIds(ids=value))
+
+
+def _numbers(float32: bytes) -> list[float]:
+    numbers = array("f", float32)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()
 
 
 async def _typed(call: Awaitable[T]) -> T:

@@ -32,6 +32,8 @@ class FrontendConfig:
         60.0, "seconds that a worker stays routable without its etcd record, if it answers"
     )
     retries: int = flag(2, "further attempts, before the first token, at a request whose workers failed")
+    max_embedding_calls: int = flag(64, "embedding calls at once to each worker; more get RESOURCE_EXHAUSTED")
+    embedding_timeout: float = flag(60.0, "seconds that one embedding request may take, with all its attempts")
     drain_timeout: float = flag(30.0, "seconds that live requests have to finish on SIGTERM")
 
     etcd: EtcdFlags = group(EtcdFlags)
@@ -45,6 +47,7 @@ class FrontendConfig:
             "queue_timeout",
             "token_gap_timeout",
             "total_timeout",
+            "embedding_timeout",
             "drain_timeout",
         )
         for name in positive:
@@ -53,7 +56,7 @@ class FrontendConfig:
         for name in ("retries", "ready_queue_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-        for name in ("max_live_requests", "max_queued_requests", "max_buffered_bytes"):
+        for name in ("max_live_requests", "max_queued_requests", "max_buffered_bytes", "max_embedding_calls"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         for name in ("port", "http_port"):

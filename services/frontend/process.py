@@ -49,6 +49,6 @@ async def _serve(config: FrontendConfig) -> None:
         await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
         if not draining.done():
             log.warning("second signal: not waiting for the drain")
-            frontend.generation.shut_down()
+            frontend.shut_down()
         hurrying.cancel()
         await draining

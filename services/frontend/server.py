@@ -13,6 +13,8 @@ import grpc.aio
 import structlog
 
 from kvbaton.v1 import (
+    embed_pb2,
+    embed_pb2_grpc,
     generate_pb2,
     generate_pb2_grpc,
     health_pb2,
@@ -24,9 +26,12 @@ from services.config.frontend import FrontendConfig
 from services.frontend.dispatch.pair_checks import PairChecks
 from services.frontend.dispatch.queue import DispatchQueue
 from services.frontend.edge.app import create_app
+from services.frontend.embedding.service import EmbeddingService
+from services.frontend.router.embedding import EmbeddingRouter
 from services.frontend.router.placement import Router
 from services.frontend.router.worker_set import WorkerSet
 from services.frontend.service import GenerationService
+from services.frontend.servicers.embed import EmbedServicer
 from services.frontend.servicers.generate import GenerateServicer
 from services.frontend.servicers.health import HealthServicer
 from services.frontend.servicers.model import ModelServicer
@@ -43,6 +48,7 @@ log = structlog.get_logger()
 
 SERVICE_NAMES = (
     generate_pb2.DESCRIPTOR.services_by_name["GenerateService"].full_name,
+    embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name,
     health_pb2.DESCRIPTOR.services_by_name["HealthService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
@@ -74,11 +80,18 @@ class Frontend:
 
     async def drain(self) -> None:
         """Takes no new request and waits for the live ones, up to --drain-timeout."""
-        log.info("draining", live_requests=self.generation.live_requests)
-        drained = asyncio.create_task(self.generation.drain(self._config.drain_timeout))
-        await asyncio.sleep(0)
-        self._health_changed()
-        await drained
+        log.info("draining", live_requests=self.generation.live_requests, live_embeddings=self.embedding.live_requests)
+        timeout = self._config.drain_timeout
+        async with asyncio.TaskGroup() as drains:
+            drains.create_task(self.generation.drain(timeout))
+            drains.create_task(self.embedding.drain(timeout))
+            await asyncio.sleep(0)
+            self._health_changed()
+
+    def shut_down(self) -> None:
+        """Ends every live request now, each with a typed error."""
+        self.generation.shut_down()
+        self.embedding.shut_down()
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         config = self._config
@@ -96,12 +109,16 @@ class Frontend:
         self.workers.on_credits(queue.credits_came)
         self.generation = GenerationService(config, router, queue)
         self.workers.on_change(self.generation.workers_changed)
+        self.embedding = EmbeddingService(config, EmbeddingRouter(self.workers, max_calls=config.max_embedding_calls))
+        self.workers.on_change(self.embedding.workers_changed)
         self._health = health = _Health(self.generation)
         self.workers.on_change(self._health_changed)
-        server = make_server(lambda server: _register(server, self.generation, self.workers, health.grpc_health))
+        server = make_server(
+            lambda server: _register(server, self.generation, self.embedding, self.workers, health.grpc_health)
+        )
         tls = config.tls.server()
         self.grpc_port = bind(server, config.host, config.port, tls=tls)
-        app = create_app(self.generation)
+        app = create_app(self.generation, self.embedding)
         http = await stack.enter_async_context(
             HttpServer(app, host=config.host, port=config.http_port, flag="--http-port", tls=tls)
         )
@@ -153,12 +170,14 @@ class _Health:
 def _register(
     server: grpc.aio.Server,
     generation: GenerationService,
+    embedding: EmbeddingService,
     workers: WorkerSet,
     health: GrpcHealth,
 ) -> tuple[str, ...]:
     health.register(server)
     generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(generation), server)
-    health_pb2_grpc.add_HealthServiceServicer_to_server(HealthServicer(generation, workers), server)
+    embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedServicer(embedding), server)
+    health_pb2_grpc.add_HealthServiceServicer_to_server(HealthServicer(generation, embedding, workers), server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(generation), server)
     return (*SERVICE_NAMES, GRPC_HEALTH_NAME)
 

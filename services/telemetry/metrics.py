@@ -35,6 +35,15 @@ TIME_TO_FIRST_TOKEN_SECONDS = Histogram(
 )
 ROUTABLE_WORKERS = Gauge("kvbaton_routable_workers", "Workers that requests can be sent to.", ["role"])
 
+# Frontend: embedding requests, by model and outcome as above.
+EMBEDDINGS = Counter("kvbaton_embeddings", "Embedding requests that the frontend has ended.", ["model", "outcome"])
+LIVE_EMBEDDINGS = Gauge("kvbaton_live_embeddings", "Embedding requests accepted and not ended.")
+EMBEDDED_INPUTS = Counter("kvbaton_embedded_inputs", "Inputs of finished embedding requests.", ["model"])
+EMBEDDED_TOKENS = Counter("kvbaton_embedded_tokens", "Tokens of finished embedding requests.", ["model"])
+EMBEDDING_SECONDS = Histogram(
+    "kvbaton_embedding_seconds", "Received until all vectors were there.", ["model"], buckets=_SECONDS
+)
+
 EVENT_LOOP_TASKS = Gauge("kvbaton_event_loop_tasks", "Tasks of the process's event loop; flat when nothing leaks.")
 
 

@@ -23,7 +23,9 @@ def test_one_greedy_token_unless_told_otherwise() -> None:
 def test_json_and_file_say_the_same(tmp_path: Path) -> None:
     text = '{"token_ids": {"ids": [7]}, "sampling": {"max_new_tokens": 3, "temperature": 0.5, "seed": 1}}'
     (tmp_path / "payload.json").write_text(text)
-    given, read = (HealthCheck.parse(flag, Role.AGGREGATED).payload(LIMITS) for flag in (text, f"@{tmp_path}/payload.json"))
+    given, read = (
+        HealthCheck.parse(flag, Role.AGGREGATED).payload(LIMITS) for flag in (text, f"@{tmp_path}/payload.json")
+    )
     assert given == read != ProbePayload()
     assert (given.sampling.max_new_tokens, given.sampling.temperature, given.sampling.seed) == (3, 0.5, 1)
 

@@ -7,14 +7,20 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from services.frontend.edge import errors
 from services.frontend.edge.options import EdgeOptions
+from services.frontend.edge.routes import embeddings as embedding_routes
 from services.frontend.edge.routes import generation as generation_routes
 from services.frontend.edge.routes import models as model_routes
 from services.frontend.edge.routes import system as system_routes
+from services.frontend.embedding.service import Embedding
 from services.frontend.request.api import Generation
 
 
 def create_app(
-    generation: Generation, *, options: EdgeOptions | None = None, registry: CollectorRegistry = REGISTRY
+    generation: Generation,
+    embedding: Embedding,
+    *,
+    options: EdgeOptions | None = None,
+    registry: CollectorRegistry = REGISTRY,
 ) -> FastAPI:
     """The ASGI application over one frontend's service; it needs no lifespan events. /metrics shows `registry`."""
     app = FastAPI(
@@ -29,7 +35,9 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     errors.install(app)
-    app.include_router(generation_routes.router(generation, options or EdgeOptions()))
+    options = options or EdgeOptions()
+    app.include_router(generation_routes.router(generation, options))
+    app.include_router(embedding_routes.router(embedding, options))
     app.include_router(model_routes.router(generation))
     app.include_router(system_routes.router(generation, registry))
     return app

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 import structlog
 from starlette.datastructures import Headers
@@ -54,17 +55,7 @@ class Exchange(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application; the request's body must have been read."""
         trace_headers = pick_headers(Headers(scope=scope).items())
-        answering = asyncio.create_task(self._answer(send, trace_headers), name="http-answer")
-        leaving = asyncio.create_task(_client_left(receive), name="http-client-left")
-        try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            answering.cancel()
-            leaving.cancel()
-            await asyncio.wait((answering, leaving))
-        for task in (leaving, answering):
-            if not task.cancelled():
-                task.result()
+        await while_client_stays(receive, self._answer(send, trace_headers))
 
     async def _answer(self, send: Send, trace_headers: Mapping[str, str]) -> None:
         try:
@@ -145,6 +136,21 @@ async def _outputs_of(
         live.cancel()
         if isinstance(outputs, AsyncGenerator):
             await outputs.aclose()
+
+
+async def while_client_stays(receive: Receive, answer: Coroutine[Any, Any, None]) -> None:
+    """Runs `answer`, and cancels it when the client closes the connection. Raises what it raises."""
+    answering = asyncio.create_task(answer, name="http-answer")
+    leaving = asyncio.create_task(_client_left(receive), name="http-client-left")
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        answering.cancel()
+        leaving.cancel()
+        await asyncio.wait((answering, leaving))
+    for task in (leaving, answering):
+        if not task.cancelled():
+            task.result()
 
 
 async def _client_left(receive: Receive) -> None:

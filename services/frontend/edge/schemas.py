@@ -73,11 +73,12 @@ def _single_prompt(value: object) -> str | list[int]:
         if len(items) > 1:
             raise ValueError(f"{len(items)} prompts, only one in a request is supported")
         first = items[0]
-        return first if isinstance(first, str) else _token_ids(cast("list[object]", first))
-    return _token_ids(items)
+        return first if isinstance(first, str) else token_ids(cast("list[object]", first))
+    return token_ids(items)
 
 
-def _token_ids(items: list[object]) -> list[int]:
+def token_ids(items: list[object]) -> list[int]:
+    """Checked, and few enough. Raises ValueError."""
     if not items:
         raise ValueError("an empty list")
     if len(items) > MAX_TOKEN_IDS:
@@ -134,11 +135,13 @@ Stop = Annotated[
 Content = Annotated[str, BeforeValidator(_joined_parts, json_schema_input_type=str | list[TextPart])]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """How every body is checked."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream carries beside the text."""
 
     include_usage: bool | None = None
@@ -146,7 +149,7 @@ class StreamOptions(_Body):
     include_obfuscation: Annotated[object, Only(False)] = None
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -156,7 +159,7 @@ class ChatMessage(_Body):
     """Forwarded to the chat template."""
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What both generation routes take."""
 
     model: str = Field(min_length=1)

@@ -139,7 +139,7 @@ class StreamLeg:
                 # Not the worker's word: the connection broke. Its engine may still run the leg.
                 self._start_proving()
             if not finished:
-                self._fail(_unreachable(typed))
+                self._fail(unreachable(typed))
         except asyncio.CancelledError:
             # We hung up: `_abort` because the worker doesn't answer, or the link because it is closed.
             self._call.cancel()
@@ -173,7 +173,7 @@ class StreamLeg:
         self._sink(LegFailed(error.with_context(leg=self._leg, worker=self._worker, room=self._room)))
 
 
-def _unreachable(error: RequestError) -> RequestError:
+def unreachable(error: RequestError) -> RequestError:
     """A status without our ErrorInfo is gRPC's own: a lost connection, above all."""
     if error.reason is Reason.UNTYPED and error.code is grpc.StatusCode.UNAVAILABLE:
         error.reason, error.retry_after = Reason.WORKER_UNREACHABLE, 1.0

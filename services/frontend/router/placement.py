@@ -10,8 +10,10 @@ import grpc
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import model_pb2
 from services.frontend.link.protocol import Credit
+from services.frontend.router.served import resolve_name, why_unroutable
 from services.frontend.router.worker import Worker
 from services.frontend.router.worker_set import WorkerSet
+from services.modes import GENERATE
 from services.registry.compat import describe_differences
 from services.requests import Limits, Role
 
@@ -64,14 +66,18 @@ class Router:
         workers.on_change(self._forget)
 
     def models(self) -> list[model_pb2.ModelInfo]:
-        """Every model that has targets, by name."""
+        """Every model that has targets, or workers that embed with it, by name."""
         infos = {
             name: target.decode.model_info
-            for name, targets in sorted(self._all().items())
+            for name, targets in self._all().items()
             for target in targets
             if target.decode.model_info is not None
         }
-        return list(infos.values())
+        for worker in self._workers.routable(Role.EMBEDDING):
+            if worker.model_info is not None:
+                name = worker.record.model.name
+                infos[name] = _with_embedding(infos.get(name), worker.model_info)
+        return [infos[name] for name in sorted(infos)]
 
     def targets(self, model: str) -> Sequence[Target]:
         """Who can stream the model's answers now, in a stable order; empty when nobody can."""
@@ -83,33 +89,17 @@ class Router:
 
     def streaming(self) -> list[Worker]:
         """Every worker whose legs need a credit, routable or not."""
-        return [worker for worker in self._workers.all() if worker.role is not Role.PREFILL]
+        return [worker for worker in self._workers.all() if worker.role in (Role.DECODE, Role.AGGREGATED)]
 
     def find_model(self, name: str) -> Worker:
         """A worker that knows the model; an empty name means the only one.
 
         Raises RequestError: NOT_FOUND, INVALID_ARGUMENT when the name is needed, UNAVAILABLE when nothing serves.
         """
-        names = {worker.record.model.name for worker in self._workers.all()}
-        if name and name not in names:
-            if not names:
-                raise self.no_worker(name)
-            raise RequestError(
-                grpc.StatusCode.NOT_FOUND,
-                Reason.MODEL_NOT_FOUND,
-                f"model: {name!r} is not served here; there is {', '.join(sorted(names)) or 'none'}",
-                field="model",
-            )
-        if not name and len(names) > 1:
-            raise RequestError(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                Reason.INVALID_FIELD,
-                f"model: missing, and there is more than one: {', '.join(sorted(names))}",
-                field="model",
-            )
-        targets = self.targets(name or next(iter(names), ""))
+        model = resolve_name(name, self._workers.all(), GENERATE)
+        targets = self.targets(model)
         if not targets:
-            raise self.no_worker(name)
+            raise self.no_worker(model)
         return targets[0].decode
 
     def limits(self, model: str) -> Limits:
@@ -138,11 +128,11 @@ class Router:
             )
         else:
             reason, what = Reason.NO_WORKER, "no worker"
-        states = "; ".join(f"{w.instance_id}: {w.reason}" for w in self._workers.all() if not w.routable)
+        known = [worker for worker in self._workers.all() if worker.role is not Role.EMBEDDING]
         return RequestError(
             grpc.StatusCode.UNAVAILABLE,
             reason,
-            f"{what} can be routed to for {subject}" + (f" ({states})" if states else ""),
+            f"{what} can be routed to for {subject}{why_unroutable(known)}",
             retry_after=1.0,
         )
 
@@ -169,3 +159,14 @@ class Router:
             for worker in self._workers.routable(Role.PREFILL, decode.record.model.name)
             if worker.record.compat_hash == decode.record.compat_hash
         )
+
+
+def _with_embedding(generating: model_pb2.ModelInfo | None, embedding: model_pb2.ModelInfo) -> model_pb2.ModelInfo:
+    """One entry of a model that other workers may generate with."""
+    if generating is None or set(embedding.rpcs) <= set(generating.rpcs):
+        return generating or embedding
+    both = model_pb2.ModelInfo()
+    both.CopyFrom(generating)
+    both.rpcs.extend(embedding.rpcs)
+    both.runtime.embedding.CopyFrom(embedding.runtime.embedding)
+    return both

@@ -16,6 +16,8 @@ from kvbaton.errors import RequestError
 from kvbaton.v1 import (
     bootstrap_pb2,
     bootstrap_pb2_grpc,
+    embed_pb2,
+    embed_pb2_grpc,
     health_pb2,
     health_pb2_grpc,
     model_pb2,
@@ -25,7 +27,7 @@ from kvbaton.v1 import (
 from services.config.frontend import FrontendConfig
 from services.frontend.link.protocol import WorkerLink
 from services.frontend.link.session import SessionLink
-from services.frontend.link.streams import StreamLink
+from services.frontend.link.streams import StreamLink, unreachable
 from services.frontend.text.tokenizer import TokenizerError
 from services.frontend.text_models import TextModel, TextModels
 from services.requests import Limits, Role
@@ -135,6 +137,14 @@ class Worker:
             await bootstrap_pb2_grpc.BootstrapServiceStub(self._channel).CheckPeer(request, timeout=_CALL_TIMEOUT)
         except grpc.aio.AioRpcError as error:
             raise RequestError.from_rpc_error(error) from error
+
+    async def embed(self, request: embed_pb2.EmbedRequest, *, timeout: float) -> embed_pb2.EmbedResponse:
+        """One call to this embedding worker. Raises RequestError."""
+        try:
+            return await embed_pb2_grpc.EmbedServiceStub(self._channel).Embed(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            typed = unreachable(RequestError.from_rpc_error(error))
+            raise typed.with_context(leg=self.role, worker=self.instance_id) from error
 
     async def close(self) -> None:
         """Ends its legs with WORKER_UNREACHABLE and the connection."""

@@ -1,4 +1,4 @@
-"""HealthService of the frontend: every worker that it knows, and a one-token request through a pair."""
+"""HealthService of the frontend: every worker that it knows, and a request of one token through them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from typing import Any
 import grpc
 
 from kvbaton.errors import invalid
-from kvbaton.v1 import generate_pb2, health_pb2, health_pb2_grpc, worker_pb2
+from kvbaton.v1 import embed_pb2, generate_pb2, health_pb2, health_pb2_grpc, model_pb2, worker_pb2
+from services.frontend.embedding.service import EmbeddingService
 from services.frontend.router.worker_set import WorkerSet
 from services.frontend.service import GenerationService
+from services.modes import GENERATE
 from services.telemetry import tracing
 from services.version import own_version
 
 
 class HealthServicer(health_pb2_grpc.HealthServiceServicer):
-    """SERVING while at least one model can be generated with."""
+    """SERVING while at least one model can be generated or embedded with."""
 
-    def __init__(self, generation: GenerationService, workers: WorkerSet) -> None:
+    def __init__(self, generation: GenerationService, embedding: EmbeddingService, workers: WorkerSet) -> None:
         self._generation = generation
+        self._embedding = embedding
         self._workers = workers
         self._started_at = time.time()
 
@@ -30,7 +33,7 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
         response = health_pb2.StatusResponse(
             state=self._state(),
             versions=worker_pb2.Versions(kvbaton=own_version()),
-            load=health_pb2.Load(live_requests=self._generation.live_requests),
+            load=health_pb2.Load(live_requests=self._generation.live_requests + self._embedding.live_requests),
             workers=[worker.describe() for worker in self._workers.all()],
         )
         response.started_at.FromNanoseconds(int(self._started_at * 1e9))
@@ -39,11 +42,29 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
     async def Probe(
         self, request: health_pb2.ProbeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.ProbeResponse:
-        """One greedy token for a prompt of one token, on the next pair of the first model."""
+        """One greedy token for a prompt of one token, on the next pair of the first model that generates.
+
+        Where none does, an embedding of one token.
+        """
         if request.HasField("dp_rank"):
             raise invalid("dp_rank", "a frontend probes a pair of workers; ask a worker for one of its ranks")
-        models = self._generation.models()
         started = time.monotonic()
+        models = self._generation.models()
+        generating = [info for info in models if GENERATE in info.rpcs]
+        if models and not generating:
+            await self._embed(models[0])
+        else:
+            await self._generate(generating)
+        response = health_pb2.ProbeResponse()
+        response.elapsed.FromNanoseconds(int((time.monotonic() - started) * 1e9))
+        return response
+
+    async def _embed(self, info: model_pb2.ModelInfo) -> None:
+        token_ids = generate_pb2.TokenIds(ids=[info.bos_token_id])
+        request = embed_pb2.EmbedRequest(model=info.model.name, inputs=[embed_pb2.EmbedInput(token_ids=token_ids)])
+        await self._embedding.embed(request)
+
+    async def _generate(self, models: list[model_pb2.ModelInfo]) -> None:
         live = await self._generation.submit(
             generate_pb2.GenerateRequest(
                 model=models[0].model.name if models else "",
@@ -54,9 +75,6 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
         )
         async for _ in live.outputs():
             pass
-        response = health_pb2.ProbeResponse()
-        response.elapsed.FromNanoseconds(int((time.monotonic() - started) * 1e9))
-        return response
 
     def _state(self) -> worker_pb2.WorkerState:
         if self._generation.draining:

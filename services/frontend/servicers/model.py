@@ -1,4 +1,4 @@
-"""ModelService of the frontend: every model that can be generated with right now."""
+"""ModelService of the frontend: every model that can be generated or embedded with right now."""
 
 from __future__ import annotations
 

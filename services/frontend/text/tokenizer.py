@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,14 @@ class TokenizerError(Exception):
 
 class InvalidTextError(ValueError):
     """The text cannot be tokenized: it holds a lone surrogate, so it is no Unicode text."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """The ids of one text, special tokens included; `truncated` when its end was cut off."""
+
+    token_ids: list[int]
+    truncated: bool = False
 
 
 class TextTokenizer:
@@ -62,6 +71,17 @@ class TextTokenizer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._encode, text, add_special_tokens)
 
+    async def encode_all(self, texts: Sequence[str], *, at_most: int | None = None) -> list[EncodedText]:
+        """The ids of every text with its special tokens, computed one after the other in one thread.
+
+        `at_most` cuts the end off a text that has more; the special tokens behind it stay, as in transformers.
+        Cancelling returns at once. Raises `InvalidTextError`.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._executor, lambda: [self._encode_fitting(text, at_most) for text in texts]
+        )
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of `ids`; ids that the vocabulary does not hold have no text. Raises `TokenizerError`."""
         try:
@@ -91,6 +111,14 @@ class TextTokenizer:
         except TypeError as error:
             raise InvalidTextError("the text holds a lone surrogate and is no Unicode text") from error
         return encoding.ids
+
+    def _encode_fitting(self, text: str, at_most: int | None) -> EncodedText:
+        ids = self._encode(text, add_special_tokens=True)
+        if at_most is None or len(ids) <= at_most:
+            return EncodedText(ids)
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        encoding.truncate(max(0, at_most - self._tokenizer.num_special_tokens_to_add(is_pair=False)))
+        return EncodedText(self._tokenizer.post_process(encoding, None, True).ids, truncated=True)
 
     def _read_eos_token_ids(self, folder: Path) -> frozenset[int]:
         path = folder / "generation_config.json"

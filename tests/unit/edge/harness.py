@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from services.frontend.edge import EdgeOptions, create_app
+from services.frontend.embedding.service import Embedding
 from services.frontend.request.api import Generation
 from services.http_server import HttpServer
 from tests.unit.edge.fakes import MODEL, ScriptedGeneration
@@ -38,7 +39,9 @@ class Stage:
 @cache
 def staged_app(options: EdgeOptions | None) -> tuple[FastAPI, Stage]:
     stage = Stage()
-    return create_app(cast("Generation", stage), options=options, registry=CollectorRegistry()), stage
+    return create_app(
+        cast("Generation", stage), cast("Embedding", stage), options=options, registry=CollectorRegistry()
+    ), stage
 
 
 def app_for(generation: ScriptedGeneration, options: EdgeOptions | None) -> FastAPI:

@@ -64,7 +64,7 @@ async def test_live_without_models() -> None:
 async def test_metrics_are_those_of_the_registry() -> None:
     registry = CollectorRegistry()
     Counter("kvbaton_example", "An example.", registry=registry).inc(3)
-    app = create_app(ScriptedGeneration(), registry=registry)
+    app = create_app(ScriptedGeneration(), UNASKED, registry=registry)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
@@ -74,7 +74,7 @@ async def test_metrics_are_those_of_the_registry() -> None:
 class TestOpenApi:
     @pytest.fixture
     def document(self) -> dict[str, Any]:
-        return create_app(ScriptedGeneration(), registry=CollectorRegistry()).openapi()
+        return create_app(ScriptedGeneration(), UNASKED, registry=CollectorRegistry()).openapi()
 
     def test_every_route_is_there(self, document: dict[str, Any]) -> None:
         assert {(method, path) for path, item in document["paths"].items() for method in item} == {
