@@ -1,7 +1,8 @@
-"""The real thing, once per session: SGLang aggregated, then a prefill and a decode worker with NIXL between them.
+"""The real thing, once per session: SGLang aggregated, then embedding, then a prefill and a decode worker with NIXL
+between them.
 
-The aggregated worker runs first, answers what the pair is compared with, and is gone before the pair starts: two
-engines at a time is what two cores carry.
+The aggregated worker answers what the pair is compared with, the embedding worker embeds the same prompts, and both are
+gone before the pair starts: two engines at a time is what two cores carry.
 """
 
 from __future__ import annotations
@@ -15,18 +16,25 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from kvbaton.client import Client, SamplingParams
+from kvbaton.client import Client, Embeddings, SamplingParams
+from kvbaton.errors import RequestError
+from kvbaton.v1 import health_pb2
 from services.models.resolve import resolve_model_path
 from services.tools.cluster import LocalCluster
 from services.tools.options import ClusterOptions
 from tests.e2e.reference import NEW_TOKENS, PROMPT_LENGTHS, Reference, make_prompts
+from tests.support.etcd import etcd_endpoint
 from tests.support.kv_view import KvView
 from tests.support.ports import free_port
+from tests.support.processes import Processes, all_routable
 from tests.support.waiting import eventually
+
+__all__ = ["etcd_endpoint"]
 
 # Small chunks, so that the longer prompts are prefilled in several.
 NATIVE_ARGS = ("--chunked-prefill-size", "128")
 AT_ONCE = 6
+TEXTS = ("The capital of France is Paris.", "Paris is the capital of France.", "Rust never sleeps: 橋は閉鎖された。 🐶")
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,19 @@ class Aggregated:
     followed: KvView
     at_the_end: KvView
     metrics: str
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the embedding worker made of the prompts, one at a time and in one request, of texts, and of what it must
+    refuse; and its status at the end."""
+
+    alone: dict[int, list[float]]
+    together: dict[int, list[float]]
+    texts: Embeddings
+    generation: RequestError
+    dimensions: RequestError
+    status: health_pb2.StatusResponse
 
 
 @dataclass(frozen=True)
@@ -103,7 +124,44 @@ def aggregated_answers(aggregated: Aggregated) -> Answers:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def pair(aggregated_answers: Answers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
+async def embedded(
+    etcd_endpoint: str, model_path: Path, prompts: dict[int, list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Embedded:
+    processes = Processes(etcd_endpoint, tmp_path_factory.mktemp("embedding"))
+    try:
+        processes.frontend()
+        processes.worker("embedding", "decode", "--embedding-worker", sglang=model_path)
+        async with (
+            Client(processes.target, timeout=180.0) as client,
+            Client(processes.grpc_endpoints["embedding"]) as worker,
+        ):
+            await all_routable(client, 1, within=180)
+            alone = {length: (await client.embed([prompt])).vectors[0] for length, prompt in prompts.items()}
+            together = await client.embed(prompts.values())
+            texts = await client.embed(TEXTS)
+            with pytest.raises(RequestError) as generation:
+                await worker.generate(token_ids=[1])
+            with pytest.raises(RequestError) as dimensions:
+                await client.embed([[1]], dimensions=64)
+            await client.probe()
+            await worker.probe()
+            status = await worker.status()
+    finally:
+        await asyncio.to_thread(processes.stop)
+    return Embedded(
+        alone,
+        dict(zip(prompts, together.vectors, strict=True)),
+        texts,
+        generation.value,
+        dimensions.value,
+        status,
+    )
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def pair(
+    aggregated_answers: Answers, embedded: Embedded, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Pair]:
     nixl_port = free_port()
     telemetry = {
         "NIXL_TELEMETRY_ENABLE": "y",

@@ -29,6 +29,19 @@ def make_prompts(model_path: Path) -> dict[int, list[int]]:
     return {length: tokens[index : index + length] for index, length in enumerate(PROMPT_LENGTHS)}
 
 
+def pooled_states(model_path: Path, prompts: dict[int, list[int]]) -> dict[int, list[float]]:
+    """The last token's state behind the last norm, which SGLang pools of a Llama; by transformers in float32."""
+    import torch
+    from transformers import AutoModel
+
+    model: Any = AutoModel.from_pretrained(model_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return {
+            length: model(torch.tensor([prompt])).last_hidden_state[0, -1].tolist()
+            for length, prompt in prompts.items()
+        }
+
+
 @dataclass(frozen=True)
 class Reference:
     """Greedy tokens by prompt length, and the gap between the best two logits at each step."""

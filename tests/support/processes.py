@@ -66,15 +66,18 @@ class Processes:
         self.processes[name].kill()
         self.processes[name].wait(10)
 
-    def worker(self, name: str, *arguments: str, sim: str = "") -> None:
+    def worker(self, name: str, *arguments: str, sim: str = "", sglang: Path | None = None) -> None:
+        """A worker with a simulated engine, or with SGLang on the CPU for the model in that folder."""
         system_port = free_port()
         self.system_endpoints[name] = f"127.0.0.1:{system_port}"
         grpc_port = free_port()
         self.grpc_endpoints[name] = f"127.0.0.1:{grpc_port}"
         ports = ("--port", str(grpc_port), "--system-port", str(system_port))
         bootstrap = ("--disaggregation-bootstrap-port", str(free_port())) if "prefill" in arguments else ()
-        engine = ("--engine", "simulated", "--sim", sim, "--model-path", "no-model", "--drain-grace", "0.1")
-        self._start(name, *arguments, *ports, *bootstrap, *engine)
+        engine = ("--engine", "simulated", "--sim", sim, "--model-path", "no-model")
+        if sglang is not None:
+            engine = ("--device", "cpu", "--model-path", str(sglang))
+        self._start(name, *arguments, *ports, *bootstrap, *engine, "--drain-grace", "0.1")
 
     def _start(self, name: str, *arguments: str) -> None:
         with (self._logs / f"{name}.log").open("wb") as log:
@@ -111,7 +114,7 @@ async def all_proven(processes: Processes, client: Client, pairs: int) -> None:
     await eventually(proven, within=60, every=0.1, what=f"{pairs} proven pairs")
 
 
-async def all_routable(client: Client, count: int) -> None:
+async def all_routable(client: Client, count: int, *, within: float = 60.0) -> None:
     """Waits until the frontend can route to `count` workers."""
 
     async def routable() -> bool:
@@ -119,7 +122,7 @@ async def all_routable(client: Client, count: int) -> None:
             return sum(worker.routable for worker in (await client.status()).workers) == count
         return False
 
-    await eventually(routable, within=60, every=0.2, what=f"{count} routable workers")
+    await eventually(routable, within=within, every=0.2, what=f"{count} routable workers")
 
 
 async def answering(client: Client) -> None:

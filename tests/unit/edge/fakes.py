@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError
-from kvbaton.v1 import generate_pb2, model_pb2, worker_pb2
+from kvbaton.v1 import embed_pb2, generate_pb2, model_pb2, worker_pb2
 from services.frontend.request.api import Finished, FinishReason, Output
 from services.telemetry.tracing import NO_HEADERS
 
@@ -116,3 +117,33 @@ class ScriptedGeneration:
             )
             for name in self.model_names
         ]
+
+
+class ScriptedEmbedding:
+    """Every input gets the vector [0.5, its position]; `refusal` is raised instead, `hangs` keeps embed() from
+    returning."""
+
+    def __init__(self, *, refusal: RequestError | None = None, hangs: bool = False) -> None:
+        self.refusal = refusal
+        self.hangs = hangs
+        self.requests: list[embed_pb2.EmbedRequest] = []
+        self.asked = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    async def embed(self, request: embed_pb2.EmbedRequest) -> embed_pb2.EmbedResponse:
+        self.requests.append(request)
+        self.asked.set()
+        if self.hangs:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+        if self.refusal is not None:
+            raise self.refusal
+        return embed_pb2.EmbedResponse(
+            embeddings=[
+                embed_pb2.Embedding(float32=struct.pack("<ff", 0.5, index)) for index in range(len(request.inputs))
+            ],
+            usage=embed_pb2.EmbedUsage(prompt_tokens=7),
+        )

@@ -12,11 +12,12 @@ import orjson
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from kvbaton.v1 import embed_pb2
 from services.frontend.edge import EdgeOptions, create_app
 from services.frontend.embedding.service import Embedding
 from services.frontend.request.api import Generation
 from services.http_server import HttpServer
-from tests.unit.edge.fakes import MODEL, ScriptedGeneration
+from tests.unit.edge.fakes import MODEL, ScriptedEmbedding, ScriptedGeneration
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -27,10 +28,14 @@ ROUTES = tuple(BODIES)
 
 
 class Stage:
-    """Lets one app, which is slow to build, serve the generation of each test."""
+    """Lets one app, which is slow to build, serve the generation, or the embedding, of each test."""
 
     def __init__(self) -> None:
         self.generation = ScriptedGeneration()
+        self.embedding = ScriptedEmbedding()
+
+    async def embed(self, request: embed_pb2.EmbedRequest) -> embed_pb2.EmbedResponse:
+        return await self.embedding.embed(request)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.generation, name)
@@ -49,6 +54,12 @@ def app_for(generation: ScriptedGeneration, options: EdgeOptions | None) -> Fast
     app, stage = staged_app(options)
     stage.generation = generation
     return app
+
+
+def embedding_in_memory(embedding: ScriptedEmbedding) -> httpx.AsyncClient:
+    _, stage = staged_app(None)
+    stage.embedding = embedding
+    return in_memory(ScriptedGeneration())
 
 
 def in_memory(generation: ScriptedGeneration, options: EdgeOptions | None = None) -> httpx.AsyncClient:

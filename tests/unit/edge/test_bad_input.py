@@ -246,7 +246,7 @@ async def test_a_charset_parameter_is_no_other_content_type() -> None:
     ("method", "path", "status", "code"),
     [
         ("GET", "/", 404, "route_not_found"),
-        ("POST", "/v1/embeddings", 404, "route_not_found"),
+        ("POST", "/v1/rerank", 404, "route_not_found"),
         ("GET", "/v1/models/unknown", 404, "model_not_found"),
         ("GET", "/v1/models/", 404, "model_not_found"),
         ("POST", "/v1/completions/", 404, "route_not_found"),

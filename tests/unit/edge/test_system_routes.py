@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from services.frontend.edge import create_app
-from tests.unit.edge.fakes import ScriptedGeneration
+from tests.unit.edge.fakes import ScriptedEmbedding, ScriptedGeneration
 from tests.unit.edge.harness import in_memory
 
 
@@ -64,7 +64,7 @@ async def test_live_without_models() -> None:
 async def test_metrics_are_those_of_the_registry() -> None:
     registry = CollectorRegistry()
     Counter("kvbaton_example", "An example.", registry=registry).inc(3)
-    app = create_app(ScriptedGeneration(), UNASKED, registry=registry)
+    app = create_app(ScriptedGeneration(), ScriptedEmbedding(), registry=registry)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
@@ -74,11 +74,12 @@ async def test_metrics_are_those_of_the_registry() -> None:
 class TestOpenApi:
     @pytest.fixture
     def document(self) -> dict[str, Any]:
-        return create_app(ScriptedGeneration(), UNASKED, registry=CollectorRegistry()).openapi()
+        return create_app(ScriptedGeneration(), ScriptedEmbedding(), registry=CollectorRegistry()).openapi()
 
     def test_every_route_is_there(self, document: dict[str, Any]) -> None:
         assert {(method, path) for path, item in document["paths"].items() for method in item} == {
             ("post", "/v1/completions"),
+            ("post", "/v1/embeddings"),
             ("post", "/v1/chat/completions"),
             ("get", "/v1/models"),
             ("get", "/v1/models/{model_id}"),
