@@ -8,7 +8,7 @@ gone before the pair starts: two engines at a time is what two cores carry.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,6 +143,9 @@ async def embedded(
                 await worker.generate(token_ids=[1])
             with pytest.raises(RequestError) as dimensions:
                 await client.embed([[1]], dimensions=64)
+            with pytest.raises(RequestError):
+                await client.embed([prompts[900]] * 4, timeout=0.3)
+            await eventually(no_live_requests_on(worker), what="a call that was given up is aborted in the engine")
             await client.probe()
             await worker.probe()
             status = await worker.status()
@@ -182,6 +185,16 @@ async def pair(
     async with cluster:
         yield Pair(cluster, nixl_port)
     assert cluster.leftovers() == [], "no process and no port is left behind"
+
+
+def no_live_requests_on(worker: Client) -> Callable[[], Awaitable[bool]]:
+    """For `eventually`."""
+
+    async def none() -> bool:
+        load = (await worker.status()).load
+        return not load.live_requests and not load.used_tokens
+
+    return none
 
 
 async def ask_all(client: Client, prompts: dict[int, list[int]]) -> Answers:

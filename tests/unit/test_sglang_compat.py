@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from services.config.yaml_file import ConfigFile
+from services.embedding_requests import EmbeddingSize
 from services.telemetry.otlp import OtlpTarget
 from services.transport import PortTakenError
 from services.worker.engines import sglang_death
@@ -44,7 +45,12 @@ from services.worker.engines.sglang_compat import (
     why_no_spans,
 )
 from services.worker.engines.sglang_death import DeathWatch, EngineLaunchError, on_sigquit
-from services.worker.engines.sglang_introspect import kv_bytes_per_token, kv_cache_dtype, max_batched_tokens
+from services.worker.engines.sglang_introspect import (
+    embedding_size,
+    kv_bytes_per_token,
+    kv_cache_dtype,
+    max_batched_tokens,
+)
 from services.worker.engines.sglang_launch import (
     CPU_STANDINS,
     SglangOptions,
@@ -217,6 +223,30 @@ class TestFields:
         assert forced_fields(options(Role.DECODE))["disaggregation_mode"] == "decode"
         assert forced_fields(options(Role.DECODE))["disaggregation_transfer_backend"] == "nixl"
         assert forced_fields(options())["disaggregation_mode"] == "null"
+
+    def test_an_embedding_engine_pools_over_whole_inputs(self) -> None:
+        embedding = options(Role.EMBEDDING)
+        assert forced_fields(embedding)["is_embedding"] is True
+        assert forced_fields(embedding)["disaggregation_mode"] == "null"
+        chosen = default_fields(embedding)
+        assert (chosen["disable_radix_cache"], chosen["chunked_prefill_size"]) == (True, -1)
+        assert not embedding.tells_kv_events
+        assert "is_embedding" not in forced_fields(options())
+        assert "disable_radix_cache" not in default_fields(options())
+
+    @pytest.mark.parametrize(
+        ("config", "expected"),
+        [
+            ({}, EmbeddingSize(576)),
+            ({"is_matryoshka": False, "matryoshka_dimensions": None}, EmbeddingSize(576)),
+            ({"is_matryoshka": True}, EmbeddingSize(576, matryoshka=True)),
+            ({"is_matryoshka": [256, 64], "matryoshka_dimensions": [256, 64]}, EmbeddingSize(576, True, (64, 256))),
+        ],
+    )
+    def test_vectors_may_be_cut_where_the_models_configuration_says_so(
+        self, config: dict[str, Any], expected: EmbeddingSize
+    ) -> None:
+        assert embedding_size(SimpleNamespace(hidden_size=576, **config)) == expected
 
     def test_a_page_size_of_ours_is_forced_and_none_is_sglangs_choice(self) -> None:
         assert forced_fields(options(fields={"page_size": 64}))["page_size"] == 64

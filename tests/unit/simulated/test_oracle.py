@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,13 @@ import pytest
 
 from services.requests import Sampling
 from services.worker.engines.protocol import Finish
-from services.worker.engines.simulated.oracle import EOS_TOKEN, TokenModel, expected_answer, expected_tokens
+from services.worker.engines.simulated.oracle import (
+    EOS_TOKEN,
+    TokenModel,
+    expected_answer,
+    expected_embedding,
+    expected_tokens,
+)
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
 PROMPT = [5, 6, 7, 8]
@@ -95,3 +102,19 @@ def test_a_bad_script_is_named(tmp_path: Path, content: str) -> None:
     file.write_text(content)
     with pytest.raises(ValueError, match=r"--sim: script=.*script\.json"):
         TokenModel().load_script(file)
+
+
+def test_a_vector_has_length_one_and_its_beginning_is_a_vector() -> None:
+    whole = expected_embedding(PROMPT, 64)
+    assert math.hypot(*whole) == pytest.approx(1.0)
+    short = expected_embedding(PROMPT, 8)
+    scale = math.hypot(*whole[:8])
+    assert list(short) == pytest.approx([number / scale for number in whole[:8]])
+
+
+def test_every_token_of_a_text_matters_to_its_vector() -> None:
+    vector = expected_embedding(PROMPT, 8)
+    for position in range(len(PROMPT)):
+        other = PROMPT.copy()
+        other[position] += 1
+        assert expected_embedding(other, 8) != vector

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from services.frontend.text import InvalidTextError, TextTokenizer, TokenizerError
 from tests.unit.text.conftest import MakeTokenizer, llama_style_tokenizer
@@ -180,3 +181,25 @@ def test_a_corrupt_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
 def test_the_package_brings_no_engine_and_no_model_library() -> None:
     code = "import sys, services.frontend.text; print({'torch', 'transformers', 'sglang'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("at_most", [3, 4, 5, 8, 9, 1000])
+async def test_truncation_is_that_of_transformers(tmp_path: Path, at_most: int) -> None:
+    """The text loses its end, and the special tokens around it stay."""
+    library = llama_style_tokenizer()
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+    )
+    transformers = pytest.importorskip("transformers")
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = TextTokenizer(tmp_path)
+    encoded = await tokenizer.encode_all(TEXTS, at_most=at_most)
+    tokenizer.close()
+    whole = expected(TEXTS).input_ids
+    assert [each.token_ids for each in encoded] == expected(TEXTS, truncation=True, max_length=at_most).input_ids
+    assert [each.truncated for each in encoded] == [len(ids) > at_most for ids in whole]
+    assert any(each.truncated for each in encoded) == (at_most < 1000)
