@@ -172,7 +172,6 @@ class TestCommandLine:
             (("decode", "--disaggregation-transfer-backend", "none"), "--disaggregation-transfer-backend none"),
             (("decode", "--embedding-worker", "--disaggregation-mode", "decode"), "contradicts --embedding-worker"),
             (("prefill", "--embedding-worker"), "--embedding-worker is not for `kvbaton prefill`"),
-            (("decode", "--embedding-worker"), "the embedding mode is reserved"),
             (
                 ("decode", "--disaggregation-bootstrap-port", "12345"),
                 "--disaggregation-bootstrap-port: a worker",
