@@ -29,7 +29,8 @@ class Processes:
         self.system_endpoints: dict[str, str] = {}
         self.grpc_endpoints: dict[str, str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._etcd = ("--etcd-endpoints", etcd_endpoint, "--namespace", f"t-{uuid.uuid4().hex[:12]}")
+        self.namespace = f"t-{uuid.uuid4().hex[:12]}"
+        self._etcd = ("--etcd-endpoints", etcd_endpoint, "--namespace", self.namespace)
         self._logs = logs
         self._environment = dict(environment or {})
 
