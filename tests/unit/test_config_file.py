@@ -173,6 +173,10 @@ class TestCommandLine:
             (("decode", "--embedding-worker", "--disaggregation-mode", "decode"), "contradicts --embedding-worker"),
             (("prefill", "--embedding-worker"), "--embedding-worker is not for `kvbaton prefill`"),
             (
+                ("decode", "--embedding-worker", "--disaggregation-bootstrap-port", "12345"),
+                "a worker in embedding mode has no bootstrap server",
+            ),
+            (
                 ("decode", "--disaggregation-bootstrap-port", "12345"),
                 "--disaggregation-bootstrap-port: a worker",
             ),
