@@ -46,6 +46,7 @@ _SERVICES = {
     Role.PREFILL: "kvbaton-worker-prefill",
     Role.DECODE: "kvbaton-worker-decode",
     Role.AGGREGATED: "kvbaton-worker",
+    Role.EMBEDDING: "kvbaton-worker-embedding",
 }
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -11,7 +11,7 @@ from services.config.worker import WorkerConfig
 from services.config.yaml_file import ConfigFile
 from services.modes import mode_of
 from services.requests import Role
-from services.worker.process import _check_engine_flags, _resolve_model, _simulated_engine
+from services.worker.process import _SERVICES, _check_engine_flags, _resolve_model, _simulated_engine
 
 
 def simulated(**values: object) -> WorkerConfig:
@@ -47,3 +47,8 @@ def test_only_node_ranks_above_0_wait_for_a_model(monkeypatch: pytest.MonkeyPatc
         nodes = {"nnodes": 2, "node_rank": rank, "dist_init_addr": "h:1"}
         _resolve_model(simulated(engine="sglang", **nodes))
     assert asked == ["resolve", "resolve", "wait"]
+
+
+def test_every_role_has_a_name_of_its_own_in_traces() -> None:
+    assert set(_SERVICES) == set(Role)
+    assert len(set(_SERVICES.values())) == len(Role)
