@@ -25,6 +25,9 @@ _SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
     # Clients of ours ping every 10 s, also without a call: the default server would answer GOAWAY too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A frozen client keeps its connection, and with it the credits of its session.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
     # Two processes that silently share a port is a bug, not a feature.
     ("grpc.so_reuseport", 0),
 )

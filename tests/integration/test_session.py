@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -21,12 +23,15 @@ from kvbaton.v1 import generate_pb2, session_pb2, session_pb2_grpc, worker_pb2
 from services.decode.contract import AggregatedContract
 from services.frontend.link.protocol import LegEvent, LegFailed
 from services.frontend.link.session import SessionLink
+from services.frontend.link.streams import StreamLink
 from services.requests import Role, Sampling
+from services.transport import make_channel
 from services.worker.engines.simulated.oracle import expected_tokens as simulated_tokens
 from services.worker.leg_runner import LegRunner
 from services.worker.servicers.session import Session
 from tests.support.cluster import FakeCluster, HostedWorker
 from tests.support.fake_engine import expected_tokens
+from tests.support.ports import free_port
 from tests.support.processes import Processes, answering
 from tests.support.waiting import eventually
 
@@ -215,6 +220,91 @@ async def test_an_abort_never_overtakes_its_own_leg(cluster: FakeCluster, worker
     assert worker.engine.seen == []
     await eventually(lambda: link.free_slots == free, what="its credit has gone back")
     await link.close()
+
+
+class Cut:
+    """A TCP relay to a worker; `cut` breaks what runs through it, and the next connection works again."""
+
+    def __init__(self, port: int) -> None:
+        self.port = free_port()
+        self._to = port
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self) -> asyncio.Server:
+        return await asyncio.start_server(self._relay, "127.0.0.1", self.port)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)
+        self._writers += [writer, far_writer]
+        with contextlib.suppress(ConnectionError):
+            await asyncio.gather(_copy(reader, far_writer), _copy(far_reader, writer))
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+
+
+async def test_a_session_stands_again_after_its_connection_was_cut(worker: HostedWorker) -> None:
+    """The worker is the same process: only the way to it broke. Idle, and with legs that wait to be sent."""
+    relay = Cut(worker.config.port)
+    server = await relay.serve()
+    link = SessionLink(
+        make_channel(f"127.0.0.1:{relay.port}"),
+        worker.host.incarnation,
+        worker="worker",
+        leg="aggregated",
+        heartbeat=0.5,
+        changed=lambda: None,
+        credits_came=lambda: None,
+    )
+    try:
+        for _ in range(3):
+            await eventually(lambda: link.healthy, what="the session stands")
+            link.ask(1)
+            credit = await eventually(link.take)
+            heard: list[LegEvent] = []
+            request = generate_pb2.GenerateRequest(request_id=uuid.uuid4().hex)
+            leg = link.submit(request, heard.append, credit, {})
+            relay.cut()
+            await eventually(lambda: not link.healthy, what="the cut is seen")
+            leg.abort()
+            await asyncio.wait_for(leg.ended(), 10)
+            assert [type(event) for event in heard][-1] is LegFailed
+        await eventually(lambda: link.healthy, what="the session stands")
+    finally:
+        await link.close()
+        server.close()
+
+
+async def test_a_leg_for_a_closed_link_fails_at_once(worker: HostedWorker) -> None:
+    for link in (
+        SessionLink(
+            make_channel(worker.endpoint),
+            worker.host.incarnation,
+            worker="worker",
+            leg="aggregated",
+            heartbeat=0.5,
+            changed=lambda: None,
+            credits_came=lambda: None,
+        ),
+        StreamLink(make_channel(worker.endpoint), worker="worker", leg="aggregated", total_timeout=10),
+    ):
+        await eventually(lambda link=link: link.healthy)
+        await link.close()
+        heard: list[LegEvent] = []
+        leg = link.submit(generate_pb2.GenerateRequest(request_id="0" * 32), heard.append, None, {})
+        await asyncio.wait_for(leg.ended(), 1)
+        await eventually(lambda heard=heard: heard, within=1)
+        (failed,) = heard
+        assert isinstance(failed, LegFailed)
+        assert failed.error.reason is Reason.WORKER_UNREACHABLE
 
 
 async def test_an_abort_right_behind_its_leg_ends_it_and_frees_its_slot(worker: HostedWorker) -> None:

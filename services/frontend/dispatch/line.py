@@ -89,6 +89,11 @@ class Line:
     def __iter__(self) -> Iterator[Ticket]:
         return (ticket for ticket in self._heap if ticket.waiting)
 
+    @property
+    def picky(self) -> list[Ticket]:
+        """Those that must do without some worker."""
+        return list(self._picky)
+
     def add(self, ticket: Ticket) -> None:
         """In its place."""
         heapq.heappush(self._heap, ticket)

@@ -44,6 +44,7 @@ class DispatchQueue:
         self._priorities: Counter[int] = Counter()
         # By model, until workers or pairs change.
         self._usable: dict[str, dict[Worker, Target]] = {}
+        self._kept: dict[str, list[Target]] = {}
         # By decode worker: which of its prefill workers is next.
         self._prefill_turns: dict[str, int] = {}
         pairs.on_change(self._serve_all)
@@ -53,7 +54,7 @@ class DispatchQueue:
 
     def enter(self, model: str, *, priority: int = 0) -> Ticket:
         """A place in the line. Raises RequestError: RESOURCE_EXHAUSTED when full, UNAVAILABLE when nobody can serve."""
-        if not self._router.targets(model):
+        if not self._possible(model):
             raise self._router.no_worker(model)
         if len(self) >= self._limit:
             self._make_room(priority)
@@ -61,7 +62,7 @@ class DispatchQueue:
 
     def enter_again(self, ticket: Ticket, excluded: frozenset[str]) -> Ticket | None:
         """After a failed attempt: at its old place, for workers without `excluded`. None when there are none."""
-        if not any(target.possible(excluded) for target in self._router.targets(ticket.model)):
+        if not any(target.possible(excluded) for target in self._possible(ticket.model)):
             return None
         return self._add(
             Ticket(ticket.model, priority=ticket.priority, number=ticket.number, excluded=excluded, leave=self._left)
@@ -75,16 +76,16 @@ class DispatchQueue:
         in_reach = {target.decode for model in self._lines for target in self._router.targets(model)}
         for worker in self._router.streaming():
             if worker not in in_reach:
-                _want_nothing(worker)
+                worker.want_no_credits()
         self._serve_all()
 
     def credits_came(self, worker: Worker) -> None:
         """The worker has granted credits, or has slots free that it had not."""
         line = self._lines.get(worker.record.model.name)
-        if line:
+        if line and worker in self._targets(worker.record.model.name):
             self._serve(worker.record.model.name, line)
         else:
-            _want_nothing(worker)
+            worker.want_no_credits()
 
     def _add(self, ticket: Ticket) -> Ticket:
         line = self._lines.setdefault(ticket.model, Line())
@@ -129,13 +130,34 @@ class DispatchQueue:
 
     def _serve_all(self) -> None:
         self._usable.clear()
+        self._kept.clear()
         for model, line in self._lines.items():
             if line:
+                self._end_hopeless(model, line)
                 self._serve(model, line)
+
+    def _end_hopeless(self, model: str, line: Line) -> None:
+        """Retries whose last possible workers have gone while others of the model are there."""
+        targets = self._possible(model)
+        for ticket in line.picky if targets else ():
+            if not any(target.possible(ticket.excluded) for target in targets):
+                self._settle(ticket, self._router.no_worker(model))
+
+    def _possible(self, model: str) -> list[Target]:
+        """Without pairs that decode has refused for good; one that failed may recover."""
+        if model not in self._kept:
+            lasting = frozenset(PairState) - {PairState.REFUSED}
+            kept = [self._with_pairs(target, lasting) for target in self._router.targets(model)]
+            self._kept[model] = [target for target in kept if target.aggregated or target.prefills]
+        return self._kept[model]
+
+    def _with_pairs(self, target: Target, states: frozenset[PairState]) -> Target:
+        state = self._pairs.state
+        return replace(target, prefills=tuple(p for p in target.prefills if state(p, target.decode) in states))
 
     def _serve(self, model: str, line: Line) -> None:
         """Hands out what has come, then asks for what is still needed; a stream's credits come at once."""
-        if not self._router.targets(model):
+        if not self._possible(model):
             if line and model not in self._giving_up:
                 loop = asyncio.get_running_loop()
                 self._giving_up[model] = loop.call_later(self._ready_timeout, self._give_up, model)
@@ -221,16 +243,9 @@ class DispatchQueue:
     def _targets(self, model: str) -> dict[Worker, Target]:
         """By decode worker; of its prefill workers those that have handed over to it, or may try to."""
         if model not in self._usable:
+            usable = frozenset({PairState.PROVEN, PairState.UNKNOWN})
             self._usable[model] = {
-                target.decode: replace(
-                    target,
-                    prefills=tuple(
-                        prefill
-                        for prefill in target.prefills
-                        if self._pairs.state(prefill, target.decode) in (PairState.PROVEN, PairState.UNKNOWN)
-                    ),
-                )
-                for target in self._router.targets(model)
+                target.decode: self._with_pairs(target, usable) for target in self._router.targets(model)
             }
         return self._usable[model]
 
@@ -238,9 +253,3 @@ class DispatchQueue:
 def _from(workers: Sequence[Worker], turn: int) -> list[Worker]:
     start = turn % len(workers) if workers else 0
     return [*workers[start:], *workers[:start]]
-
-
-def _want_nothing(worker: Worker) -> None:
-    worker.link.ask(0)
-    while (credit := worker.link.take()) is not None:
-        worker.link.give_back(credit)

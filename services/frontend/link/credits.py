@@ -23,8 +23,9 @@ class SessionCredits:
         self._told = (0, 0)
 
     def heard(self, response: session_pb2.ConnectResponse) -> bool:
-        """Takes the worker's word; True when credits have come, or slots that could become some."""
-        news = response.credits_granted > self._granted or response.free_slots > self.free_slots
+        """Takes the worker's word; True when credits have come, or the free slots are others."""
+        # Fewer free slots are news too: who asked here because there were some must ask elsewhere.
+        news = response.credits_granted > self._granted or response.free_slots != self.free_slots
         self._granted = response.credits_granted
         self.window, self.free_slots = response.window, response.free_slots
         return news
@@ -45,9 +46,14 @@ class SessionCredits:
         if credit.session == self.session:
             self._returned += 1
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something that the worker has not been told."""
+        return (self._up_to, self._returned) != self._told
+
     def news(self) -> session_pb2.AskCredits | None:
         """What the worker has not been told yet."""
-        if (self._up_to, self._returned) == self._told:
+        if not self.has_news:
             return None
         self._told = (self._up_to, self._returned)
         return session_pb2.AskCredits(up_to=self._up_to, returned=self._returned)

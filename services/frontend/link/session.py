@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 import grpc
 import grpc.aio
@@ -20,6 +19,7 @@ from google.rpc import status_pb2
 from kvbaton.errors import Reason, RequestError, cancelled
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc, session_pb2, session_pb2_grpc, worker_pb2
 from services.frontend.link.credits import SessionCredits
+from services.frontend.link.outgoing import Outgoing
 from services.frontend.link.proof import RELEASE_DEADLINE, prove_ended
 from services.frontend.link.protocol import Credit, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
 
@@ -50,18 +50,16 @@ class SessionLink:
         self._channel = channel
         self._sessions = session_pb2_grpc.WorkerSessionServiceStub(channel)
         self._generate = generate_pb2_grpc.GenerateServiceStub(channel)
-        self._incarnation = incarnation
         self._worker, self._leg = worker, leg
         self._heartbeat = heartbeat
         self._changed = changed
         self._credits_came = credits_came
+        self._opening = session_pb2.OpenSession(incarnation=incarnation)
+        self._opening.heartbeat.FromNanoseconds(int(heartbeat * 1e9))
         self._credits = SessionCredits(0)
+        self._outgoing = Outgoing(self._opening, self._credits)
         self._numbers = itertools.count(1)
         self._legs: dict[int, SessionLeg] = {}
-        # What is sent before any submit, and the legs that wait to be sent, oldest first.
-        self._urgent: deque[session_pb2.ConnectRequest] = deque()
-        self._unsent: dict[int, session_pb2.ConnectRequest] = {}
-        self._command = asyncio.Event()
         self._heard_at = 0.0
         self._healthy = False
         self._proving: set[asyncio.Task[None]] = set()
@@ -88,7 +86,7 @@ class SessionLink:
     def ask(self, count: int) -> None:
         """See `WorkerLink`."""
         self._credits.ask(count)
-        self._command.set()
+        self._outgoing.credits_changed()
 
     def take(self) -> Credit | None:
         """See `WorkerLink`."""
@@ -97,7 +95,7 @@ class SessionLink:
     def give_back(self, credit: Credit) -> None:
         """See `WorkerLink`."""
         self._credits.give_back(credit)
-        self._command.set()
+        self._outgoing.credits_changed()
 
     def submit(
         self,
@@ -116,25 +114,22 @@ class SessionLink:
             leg.released.set()
             return leg
         self._legs[leg.number] = leg
-        submit = session_pb2.SubmitLeg(leg=leg.number, request=request, trace_headers=trace_headers)
-        self._unsent[leg.number] = session_pb2.ConnectRequest(submit=submit)
-        self._command.set()
+        self._outgoing.submit(session_pb2.SubmitLeg(leg=leg.number, request=request, trace_headers=trace_headers))
         return leg
 
     def send_abort(self, number: int) -> None:
         """Ahead of every submit that waits to be sent. A leg that waits itself is never sent."""
-        if self._unsent.pop(number, None) is not None:
+        if number in self._legs and self._outgoing.abort(number):
             leg = self._legs.pop(number)
             if leg.credit is not None:
                 self.give_back(leg.credit)
             leg.fail(cancelled("aborted before it was sent"))
             leg.released.set()
-        elif number in self._legs:
-            self._urgent.append(session_pb2.ConnectRequest(abort=session_pb2.AbortLeg(leg=number)))
-            self._command.set()
 
     async def close(self) -> None:
         """See `WorkerLink`."""
+        self._healthy = False
+        self._outgoing.close()
         for task in (*self._tasks, *self._proving):
             task.cancel()
         await asyncio.gather(*self._tasks, *self._proving, return_exceptions=True)
@@ -151,20 +146,23 @@ class SessionLink:
                 why = "the worker ended the session"
             except grpc.aio.AioRpcError as error:
                 why = f"{error.code().name} {error.details()}"
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                why = "the stream was cancelled"  # by gRPC itself
+            except Exception as error:  # whatever one message sets off, the worker must not be lost for ever
+                log.exception("session failed", worker=self._worker)
+                why = f"{type(error).__name__}: {error}"
             self._set_healthy(False, why)
             self._lose_legs(why)
             await asyncio.sleep(_RECONNECT_SECONDS)
 
     async def _session(self) -> None:
         """One stream, until it ends. Raises AioRpcError."""
-        self._urgent.clear()
-        self._unsent.clear()
         self._credits = SessionCredits(self._credits.session + 1)
-        opening = session_pb2.OpenSession(incarnation=self._incarnation)
-        opening.heartbeat.FromNanoseconds(int(self._heartbeat * 1e9))
-        self._urgent.append(session_pb2.ConnectRequest(open=opening))
-        self._command.set()
-        call = self._sessions.Connect(self._outgoing())
+        self._outgoing = Outgoing(self._opening, self._credits)
+        call = self._sessions.Connect(self._outgoing.commands())
         try:
             async for response in call:
                 self._heard_at = time.monotonic()
@@ -175,16 +173,8 @@ class SessionLink:
                 if credits_came:
                     self._credits_came()
         finally:
+            self._outgoing.close()
             call.cancel()
-
-    async def _outgoing(self) -> AsyncIterator[session_pb2.ConnectRequest]:
-        while True:
-            await self._command.wait()
-            self._command.clear()
-            while self._urgent or self._unsent:
-                yield self._urgent.popleft() if self._urgent else self._unsent.pop(next(iter(self._unsent)))
-            if (asked := self._credits.news()) is not None:
-                yield session_pb2.ConnectRequest(credits=asked)
 
     def _take(self, update: session_pb2.LegUpdate) -> None:
         leg = self._legs.get(update.leg)

@@ -11,7 +11,7 @@ import grpc.aio
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
 from services.frontend.link.proof import prove_ended
-from services.frontend.link.protocol import Credit, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
+from services.frontend.link.protocol import Credit, Leg, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
 
 # Seconds for the Abort call itself, and for the stream to end after it; then the call is cancelled from our side.
 ABORT_CALL_TIMEOUT = 2.0
@@ -31,6 +31,7 @@ class StreamLink:
         self._total_timeout = total_timeout
         self._legs: set[StreamLeg] = set()
         self._asked = 0
+        self._closed = False
 
     @property
     def healthy(self) -> bool:
@@ -67,8 +68,13 @@ class StreamLink:
         sink: LegSink,
         credit: Credit | None,
         trace_headers: Mapping[str, str],
-    ) -> StreamLeg:
+    ) -> Leg:
         """See `WorkerLink`."""
+        if self._closed:
+            error = RequestError(grpc.StatusCode.UNAVAILABLE, Reason.WORKER_UNREACHABLE, "the worker is gone")
+            failed = LegFailed(error.with_context(leg=self._leg, worker=self._worker, room=request.bootstrap.room))
+            asyncio.get_running_loop().call_soon(sink, failed)
+            return _NeverSent()
         timeout = self._total_timeout + _BACKSTOP
         call = self._stub.Generate(request, timeout=timeout, metadata=tuple(trace_headers.items()))
         leg = StreamLeg(self._stub, call, request, sink, worker=self._worker, leg=self._leg)
@@ -78,11 +84,22 @@ class StreamLink:
 
     async def close(self) -> None:
         """See `WorkerLink`."""
+        self._closed = True
         legs = list(self._legs)
         for leg in legs:
             leg.close()
         await asyncio.gather(*(leg.ended() for leg in legs))
         await self._channel.close()
+
+
+class _NeverSent:
+    """A leg of a link that is closed."""
+
+    def abort(self) -> None:
+        """Nothing runs."""
+
+    async def ended(self) -> None:
+        """At once."""
 
 
 class StreamLeg:

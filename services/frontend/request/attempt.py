@@ -79,6 +79,17 @@ class Attempt:
         go of them (and give them to another request) before prefill has ended or can't be reached any more. After a
         complete answer (`answered`) prefill gets the moment that it needs to end by itself.
         """
+        try:
+            await self._end_legs(answered=answered)
+        finally:
+            # They hold this attempt by their sinks: without the circle a request's memory is free when it ends.
+            self._legs.clear()
+            for worker in self.placement.workers:
+                worker.request_ended()
+            tracing.set_outcome(self._span, error)
+            self._span.end()
+
+    async def _end_legs(self, *, answered: bool) -> None:
         prefill = self._legs.get(Role.PREFILL)
         if prefill is not None:
             if answered and Role.PREFILL in self._open:
@@ -89,12 +100,6 @@ class Attempt:
         for leg in self._legs.values():
             leg.abort()
             await leg.ended()
-        # They hold this attempt by their sinks: without the circle a request's memory is free when it ends.
-        self._legs.clear()
-        for worker in self.placement.workers:
-            worker.request_ended()
-        tracing.set_outcome(self._span, error)
-        self._span.end()
 
     def _describe(self) -> None:
         if not self._span.is_recording():

@@ -151,7 +151,9 @@ class RequestOwner:
         finally:
             self._ticket.leave()
             self._close_attempt(self.answer.error)
-            await asyncio.gather(*self._closing)
+            for result in await asyncio.gather(*self._closing, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    log.error("attempt not closed in order", request_id=self.request_id, exc_info=result)
             self._ended(self, outcome)
 
     def _fail(self, error: RequestError) -> None:

@@ -130,6 +130,12 @@ class Worker:
             live_requests=self.live_requests,
         )
 
+    def want_no_credits(self) -> None:
+        """No request waits for it: what it has granted, or still grants, goes back."""
+        self.link.ask(0)
+        while (credit := self.link.take()) is not None:
+            self.link.give_back(credit)
+
     async def check_peer(self, prefill: worker_pb2.WorkerRecord) -> None:
         """Asks this decode worker whether it can receive KV caches from that prefill worker. Raises RequestError."""
         request = bootstrap_pb2.CheckPeerRequest(instance_id=prefill.instance_id, incarnation=prefill.incarnation)

@@ -136,6 +136,7 @@ class WorkerSet:
         if worker is None:
             return
         self._sort()
+        worker.want_no_credits()
         log.info("worker gone", worker=worker.instance_id, why=why, live_requests=worker.live_requests)
         task = asyncio.create_task(self._close_when_idle(worker), name=f"retire {worker.instance_id}")
         self._retiring.add(task)

@@ -48,6 +48,11 @@ class FakeWorker:
         self.record.model.name = MODEL
         self.link = FakeLink(free, window)
 
+    def want_no_credits(self) -> None:
+        self.link.ask(0)
+        while (credit := self.link.take()) is not None:
+            self.link.give_back(credit)
+
 
 class FakeRouter:
     def __init__(self, targets: list[Target]) -> None:
@@ -310,3 +315,33 @@ def test_a_retry_that_can_not_use_the_only_proven_pair_does_not_spin() -> None:
     house.grant(worker)
     assert again.waiting
     assert worker.link.given_back == 1
+
+
+def test_a_retry_whose_last_possible_worker_goes_is_told() -> None:
+    house = House(d0 := decode("d0"), decode("d1"))
+    first = house.queue.enter(MODEL)
+    house.grant(d0)
+    again = house.queue.enter_again(first, frozenset({"d0"}))
+    assert again is not None
+    house.router.all = house.router.all[:1]
+    house.queue.workers_changed()
+    assert isinstance(result(again), RequestError)
+
+
+def test_pairs_that_decode_refuses_for_good_are_no_pairs() -> None:
+    house = House(decode())
+    house.pairs.set("p0", "d0", PairState.REFUSED)
+    house.pairs.changed()
+    with pytest.raises(RequestError) as caught:
+        house.queue.enter(MODEL)
+    assert caught.value.reason is Reason.NO_WORKER
+
+
+def test_credits_of_a_worker_that_is_no_target_any_more_go_back() -> None:
+    house = House(d0 := decode("d0"), d1 := decode("d1"))
+    house.queue.enter(MODEL)
+    house.router.all = house.router.all[1:]
+    house.queue.workers_changed()
+    house.grant(d0)
+    assert d0.link.given_back == 1
+    assert d1.link.asked == 1
