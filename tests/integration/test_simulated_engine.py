@@ -175,7 +175,9 @@ async def test_probes_need_no_peer() -> None:
         async with started(role, SimulatedOptions(dp_size=2)) as engine:
             for rank in range(2):
                 await engine.probe(rank)
-            assert [rank["requests"] for rank in ranks(engine)] == [1, 1]
+            requests = [rank["requests"] for rank in ranks(engine)]
+            # Like SGLang, it takes no rank for an embedding.
+            assert sum(requests) == 2 if role is Role.EMBEDDING else requests == [1, 1]
 
 
 async def test_room_zero_never_lands() -> None:

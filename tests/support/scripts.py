@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,8 @@ class Script:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # In the background of a script SIGINT is ignored, and a shell can't trap what was ignored at its start.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
 
     def left(self) -> list[str]:
