@@ -193,17 +193,22 @@ async def test_the_heartbeat_tells_how_long_the_engine_has_been_silent(raw: RawS
     await eventually(silence, within=5)
 
 
-async def test_an_abort_never_overtakes_its_own_leg(cluster: FakeCluster, worker: HostedWorker) -> None:
-    """The worker ignores aborts of legs that it doesn't know: the leg would run to its end."""
-    link = SessionLink(
-        grpc.aio.insecure_channel(worker.endpoint),
+def link_to(worker: HostedWorker, target: str, *, heartbeat: float) -> SessionLink:
+    """A frontend's side of a session with the worker; `target` is its endpoint, or a way to it."""
+    return SessionLink(
+        make_channel(target),
         worker.host.incarnation,
         worker="worker",
         leg="aggregated",
-        heartbeat=2.0,
+        heartbeat=heartbeat,
         changed=lambda: None,
         credits_came=lambda: None,
     )
+
+
+async def test_an_abort_never_overtakes_its_own_leg(cluster: FakeCluster, worker: HostedWorker) -> None:
+    """The worker ignores aborts of legs that it doesn't know: the leg would run to its end."""
+    link = link_to(worker, worker.endpoint, heartbeat=2.0)
     await eventually(lambda: link.healthy)
     free = link.free_slots
     link.ask(1)
@@ -255,15 +260,7 @@ async def test_a_session_stands_again_after_its_connection_was_cut(worker: Hoste
     """The worker is the same process: only the way to it broke. Idle, and with legs that wait to be sent."""
     relay = Cut(worker.config.port)
     server = await relay.serve()
-    link = SessionLink(
-        make_channel(f"127.0.0.1:{relay.port}"),
-        worker.host.incarnation,
-        worker="worker",
-        leg="aggregated",
-        heartbeat=0.5,
-        changed=lambda: None,
-        credits_came=lambda: None,
-    )
+    link = link_to(worker, f"127.0.0.1:{relay.port}", heartbeat=0.5)
     try:
         for _ in range(3):
             await eventually(lambda: link.healthy, what="the session stands")
@@ -285,15 +282,7 @@ async def test_a_session_stands_again_after_its_connection_was_cut(worker: Hoste
 
 async def test_a_leg_for_a_closed_link_fails_at_once(worker: HostedWorker) -> None:
     for link in (
-        SessionLink(
-            make_channel(worker.endpoint),
-            worker.host.incarnation,
-            worker="worker",
-            leg="aggregated",
-            heartbeat=0.5,
-            changed=lambda: None,
-            credits_came=lambda: None,
-        ),
+        link_to(worker, worker.endpoint, heartbeat=0.5),
         StreamLink(make_channel(worker.endpoint), worker="worker", leg="aggregated", total_timeout=10),
     ):
         await eventually(lambda link=link: link.healthy)
