@@ -80,7 +80,7 @@ class DispatchQueue:
         self._serve_all()
 
     def credits_came(self, worker: Worker) -> None:
-        """The worker has granted credits, or has slots free that it had not."""
+        """The worker has granted credits, or its free slots have changed."""
         line = self._lines.get(worker.record.model.name)
         if line and worker in self._targets(worker.record.model.name):
             self._serve(worker.record.model.name, line)
@@ -209,8 +209,9 @@ class DispatchQueue:
         """In turn; each decode worker begins with another one, so that one round uses as many as it can."""
         prefills = [prefill for prefill in target.prefills if prefill.instance_id not in excluded]
         decode = target.decode
-        first = list(self._targets(decode.record.model.name)).index(decode)
-        turn = self._prefill_turns.setdefault(decode.instance_id, first)
+        turn = self._prefill_turns.get(decode.instance_id)
+        if turn is None:
+            turn = list(self._targets(decode.record.model.name)).index(decode)
         self._prefill_turns[decode.instance_id] = turn + 1
         return prefills[turn % len(prefills)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 from array import array
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
@@ -16,6 +15,7 @@ from kvbaton.errors import RequestError
 from kvbaton.v1 import embed_pb2, generate_pb2
 from services.embedding_requests import MAX_INPUTS
 from services.frontend.edge.schemas import Body, TokenId, token_ids
+from services.frontend.edge.translate import renamed
 
 EncodingFormat = Literal["float", "base64"]
 
@@ -113,11 +113,7 @@ class EmbeddingCall:
 
     def in_openai_terms(self, error: RequestError) -> RequestError:
         """The same error with OpenAI's field name, in `field` and in the message, and with the request's id."""
-        name = self._openai_name(error.field)
-        message = error.message
-        if error.field and message.startswith(f"{error.field}:"):
-            message = name + message.removeprefix(error.field)
-        return dataclasses.replace(error, field=name, message=message, request_id=self.request.request_id)
+        return renamed(error, self._openai_name(error.field), self.request.request_id)
 
     def _openai_name(self, field: str) -> str:
         """`input[3]` for `inputs[3].text`, and `input` where there is only one."""

@@ -27,11 +27,7 @@ class Call:
 
     def in_openai_terms(self, error: RequestError) -> RequestError:
         """The same error with OpenAI's field name, in `field` and in the message, and with the request's id."""
-        name = self._openai_name(error.field)
-        message = error.message
-        if error.field and message.startswith(f"{error.field}:"):
-            message = name + message.removeprefix(error.field)
-        return dataclasses.replace(error, field=name, message=message, request_id=self.request.request_id)
+        return renamed(error, self._openai_name(error.field), self.request.request_id)
 
     def _openai_name(self, field: str) -> str:
         head, _, rest = field.partition(".")
@@ -40,6 +36,14 @@ class Call:
         if head == "chat" and rest.startswith(self.input_name):
             return rest
         return self.input_name if head in _INPUT_FIELDS else field
+
+
+def renamed(error: RequestError, name: str, request_id: str) -> RequestError:
+    """The same error with its field's name on the route, in `field` and in the message, and with the request's id."""
+    message = error.message
+    if error.field and message.startswith(f"{error.field}:"):
+        message = name + message.removeprefix(error.field)
+    return dataclasses.replace(error, field=name, message=message, request_id=request_id)
 
 
 def request_id(header: str | None, prefix: str) -> str:

@@ -76,7 +76,7 @@ class WorkerSet:
         self._listeners.append(listener)
 
     def on_credits(self, listener: Callable[[Worker], None]) -> None:
-        """Called when a worker has granted credits, or has slots free that it had not."""
+        """Called when a worker has granted credits, or its free slots have changed."""
         self._credit_listeners.append(listener)
 
     async def _follow(self) -> None:
