@@ -15,15 +15,11 @@ import structlog
 from kvbaton.v1 import health_pb2, health_pb2_grpc, worker_pb2
 from services.config.worker import WorkerConfig
 from services.grpc_health import SERVICE_NAME as GRPC_HEALTH_NAME
-from services.grpc_health import GrpcHealth
 from services.http_server import HttpServer
 from services.telemetry.metrics import watch_event_loop
 from services.transport import bind, join_host_port, make_server
-from services.worker import registration, system_http
-from services.worker.advertise import advertised_host
-from services.worker.core import WorkerCore
-from services.worker.engines.protocol import Engine
-from services.worker.lifecycle import Lifecycle
+from services.worker import system_http
+from services.worker.engine_host import EngineHost
 from services.worker.servicers.health import HealthServicer
 
 log = structlog.get_logger()
@@ -31,45 +27,12 @@ log = structlog.get_logger()
 SERVICE_NAMES = (health_pb2.DESCRIPTOR.services_by_name["HealthService"].full_name,)
 
 
-class FollowerHost:
+class FollowerHost(EngineHost):
     """What `WorkerHost` is to node 0. `run` returns the process's exit status."""
 
     def __init__(self, config: WorkerConfig) -> None:
         """Raises AdvertiseError."""
-        self._config = config
-        self._stop = asyncio.Event()
-        self._engine: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
-        self._host = advertised_host(
-            bind_host=config.host, advertise_host=config.advertise_host, etcd_endpoints=config.etcd.endpoints
-        )
-        self._health = GrpcHealth(SERVICE_NAMES)
-        instance_id = config.instance_id or registration.default_instance_id(config.role, self._host, config.port)
-        lifecycle = Lifecycle(config.role, self._health)
-        self._core = WorkerCore(config.role, instance_id, registration.new_incarnation(), lifecycle)
-
-    @property
-    def advertised_host(self) -> str:
-        """The address that others reach this node at."""
-        return self._host
-
-    @property
-    def cause(self) -> str:
-        """Why `run` returned something other than 0."""
-        return self._core.lifecycle.detail
-
-    def engine_built(self, engine: Engine) -> None:
-        """The schedulers of this node run. Called in the loop."""
-        if not self._engine.done():
-            self._engine.set_result(engine)
-
-    def engine_failed(self, error: Exception) -> None:
-        """They won't. Called in the loop."""
-        if not self._engine.done():
-            self._engine.set_exception(error)
-
-    def stop(self) -> None:
-        """End. Called in the loop; idempotent."""
-        self._stop.set()
+        super().__init__(config, SERVICE_NAMES)
 
     def hurry(self) -> None:
         """There is nothing to wait for."""

@@ -36,7 +36,6 @@ from kvbaton.v1 import (
 )
 from services.config.worker import WorkerConfig
 from services.grpc_health import SERVICE_NAME as GRPC_HEALTH_NAME
-from services.grpc_health import GrpcHealth
 from services.http_server import HttpServer
 from services.models.tokenizer_files import find_tokenizer_files
 from services.registry.etcd import EtcdClient
@@ -47,15 +46,15 @@ from services.requests import Limits, Role
 from services.telemetry.metrics import watch_event_loop
 from services.transport import bind, join_host_port, make_channel, make_server
 from services.worker import registration, system_http
-from services.worker.advertise import advertised_host, bootstrap_host
-from services.worker.core import Loaded, WorkerCore
+from services.worker.advertise import bootstrap_host
+from services.worker.core import Loaded
+from services.worker.engine_host import EngineHost
 from services.worker.engines.protocol import Engine
 from services.worker.health.canary import Canary
 from services.worker.health.payload import HealthCheck
 from services.worker.kv_events.feed import feed
 from services.worker.kv_events.hub import KvEventHub
 from services.worker.leg_runner import LegRunner
-from services.worker.lifecycle import Lifecycle
 from services.worker.role import RoleContract
 from services.worker.servicers.admin import AdminServicer
 from services.worker.servicers.embed import EmbedServicer
@@ -90,7 +89,7 @@ class BringUpError(Exception):
     """The worker can't serve; the message is the cause."""
 
 
-class WorkerHost:
+class WorkerHost(EngineHost):
     """One worker. `run` returns the process's exit status."""
 
     def __init__(
@@ -103,25 +102,15 @@ class WorkerHost:
 
         Raises AdvertiseError, and ValueError for names, files and payloads that can't be used.
         """
-        self._config = config
+        super().__init__(config, SERVICE_NAMES)
         self._model_path = model_path
-        self._stop = asyncio.Event()
-        self._engine: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
-        self._host = advertised_host(
-            bind_host=config.host, advertise_host=config.advertise_host, etcd_endpoints=config.etcd.endpoints
-        )
         self._bootstrap_host = bootstrap_host(
             advertised=self._host,
             dist_init_addr=config.dist_init_addr,
             sglang_host_ip=os.environ.get("SGLANG_HOST_IP", ""),
         )
-        self._health = GrpcHealth(SERVICE_NAMES)
-        instance_id = config.instance_id or registration.default_instance_id(config.role, self._host, config.port)
         # Raises for a name that can't be a key, before anything is loaded.
-        WorkerKey(config.etcd.namespace, config.role.to_proto(), instance_id)
-        self._core = WorkerCore(
-            config.role, instance_id, registration.new_incarnation(), Lifecycle(config.role, self._health)
-        )
+        WorkerKey(config.etcd.namespace, config.role.to_proto(), self._core.instance_id)
         self._health_check = HealthCheck.parse(config.health_check_payload, config.role)
         self._etcd = EtcdClient(config.etcd.endpoints, config.etcd.tls())
         self._contract = make_contract(config.role, self._etcd, config.etcd.namespace)
@@ -130,33 +119,9 @@ class WorkerHost:
         self._feeding: asyncio.Task[None] | None = None
 
     @property
-    def advertised_host(self) -> str:
-        """The address that others reach this worker at."""
-        return self._host
-
-    @property
     def incarnation(self) -> worker_pb2.Incarnation:
         """This life of the worker."""
         return self._core.incarnation
-
-    @property
-    def cause(self) -> str:
-        """Why `run` returned something other than 0."""
-        return self._core.lifecycle.detail
-
-    def engine_built(self, engine: Engine) -> None:
-        """The engine is there. Called in the loop."""
-        if not self._engine.done():
-            self._engine.set_result(engine)
-
-    def engine_failed(self, error: Exception) -> None:
-        """There will be no engine. Called in the loop."""
-        if not self._engine.done():
-            self._engine.set_exception(error)
-
-    def stop(self) -> None:
-        """Drain and end. Called in the loop; idempotent."""
-        self._stop.set()
 
     def hurry(self) -> None:
         """End now what the drain still waits for, each with a typed error. Called in the loop."""

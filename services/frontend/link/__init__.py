@@ -2,6 +2,6 @@
 
 - `protocol`: `WorkerLink`, and what comes back
 - `streams`: one gRPC stream per leg
-- `session`: one gRPC stream per worker
+- `session`: one gRPC stream per worker; `outgoing`: what waits to be sent in it; `credits`: decode's credits
 - `proof`: whether a worker has let go of a leg whose stream broke
 """
