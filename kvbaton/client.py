@@ -16,7 +16,7 @@ from array import array
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -38,7 +38,7 @@ __all__ = ["Answer", "Bootstrap", "ChatMessage", "Client", "Embeddings", "Sampli
 
 T = TypeVar("T")
 
-Messages = Sequence[ChatMessage | Mapping[str, str]]
+Messages = Sequence[ChatMessage | Mapping[str, Any]]
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),

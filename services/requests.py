@@ -6,9 +6,10 @@ frontend.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -20,6 +21,10 @@ MAX_STOP_STRINGS = 16
 # Matching keeps some 300 bytes of memory for each of them.
 MAX_STOP_BYTES = 1024
 MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIASES = 1024
+LOGIT_BIAS_LIMIT = 100.0
+MAX_GRAMMAR_BYTES = 64 * 1024
+MAX_TOP_LOGPROBS = 20
 ROOM_LIMIT = 1 << 63
 # A name, an IPv4 or a bracketed IPv6 address: SGLang puts it into a URL as it stands.
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252})|\[[0-9A-Fa-f:.%]{2,64}\]|[0-9A-Fa-f:]{2,45}")
@@ -73,6 +78,53 @@ class Room:
         return generate_pb2.Bootstrap(host=self.host, port=self.port, room=self.room)
 
 
+class GrammarKind(StrEnum):
+    """The language that a grammar is written in; the values are the names of the wire's fields."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    EBNF = "ebnf"
+    STRUCTURAL_TAG = "structural_tag"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer is held to while it is generated."""
+
+    kind: GrammarKind
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the likeliest tokens at some position. `token` is what it stands for, empty on a worker."""
+
+    token_id: int
+    logprob: float
+    token: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The natural logarithm of a generated token's probability, and of the likeliest ones', most likely first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+    token: bytes = b""
+
+    def to_proto(self) -> generate_pb2.TokenLogprob:
+        """The wire value."""
+        top = [generate_pb2.TopLogprob(token_id=t.token_id, logprob=t.logprob, token=t.token) for t in self.top]
+        return generate_pb2.TokenLogprob(token_id=self.token_id, logprob=self.logprob, top=top, token=self.token)
+
+    @classmethod
+    def from_proto(cls, wire: generate_pb2.TokenLogprob) -> TokenLogprob:
+        """From another process."""
+        top = tuple(TopLogprob(each.token_id, each.logprob, each.token) for each in wire.top)
+        return cls(wire.token_id, wire.logprob, top, wire.token)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling of one request, complete and checked; None only where "off" has no number."""
@@ -89,9 +141,12 @@ class Sampling:
     seed: int | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
 
     def to_proto(self) -> generate_pb2.SamplingParams:
         """The wire value for a worker: every field explicit, so that no default of another process matters."""
+        grammar = {} if self.grammar is None else {self.grammar.kind.value: self.grammar.source}
         return generate_pb2.SamplingParams(
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens,
@@ -105,6 +160,8 @@ class Sampling:
             seed=self.seed,
             ignore_eos=self.ignore_eos,
             stop_token_ids=self.stop_token_ids,
+            logit_bias=dict(self.logit_bias),
+            **grammar,  # pyright: ignore[reportArgumentType]
         )
 
 
@@ -116,6 +173,7 @@ class Limits:
     max_prompt_tokens: int
     vocab_size: int
     seeded_sampling: bool
+    grammar: bool = False
 
     @classmethod
     def smallest(cls, limits: Sequence[Limits]) -> Limits:
@@ -125,6 +183,7 @@ class Limits:
             max_prompt_tokens=min(each.max_prompt_tokens for each in limits),
             vocab_size=min(each.vocab_size for each in limits),
             seeded_sampling=all(each.seeded_sampling for each in limits),
+            grammar=all(each.grammar for each in limits),
         )
 
     @classmethod
@@ -135,6 +194,7 @@ class Limits:
             max_prompt_tokens=runtime.max_prompt_tokens,
             vocab_size=runtime.vocab_size,
             seeded_sampling=runtime.seeded_sampling,
+            grammar=bool(runtime.grammar_backend),
         )
 
 
@@ -224,7 +284,18 @@ def check_sampling(params: generate_pb2.SamplingParams, *, prompt_tokens: int, l
         seed=_seed(params, limits),
         ignore_eos=params.ignore_eos,
         stop_token_ids=_stop_token_ids(params.stop_token_ids, limits),
+        logit_bias=_logit_bias(params.logit_bias, limits),
+        grammar=_grammar(params, limits),
     )
+
+
+def check_logprobs(request: generate_pb2.GenerateRequest) -> int | None:
+    """How many of the likeliest tokens come with each token; None without log probabilities."""
+    if not request.HasField("logprobs"):
+        return None
+    if request.logprobs > MAX_TOP_LOGPROBS:
+        raise invalid("logprobs", f"{request.logprobs} is not in [0, {MAX_TOP_LOGPROBS}]")
+    return request.logprobs
 
 
 def _bounded(params: generate_pb2.SamplingParams, name: str, default: float, low: float, high: float) -> float:
@@ -242,6 +313,42 @@ def _seed(params: generate_pb2.SamplingParams, limits: Limits) -> int | None:
     if not limits.seeded_sampling:
         raise invalid("sampling.seed", "the workers' engine does not sample deterministically")
     return params.seed
+
+
+def _logit_bias(biases: Mapping[int, float], limits: Limits) -> tuple[tuple[int, float], ...]:
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise invalid("sampling.logit_bias", f"{len(biases)} token ids, at most {MAX_LOGIT_BIASES}")
+    for token, bias in biases.items():
+        if token >= limits.vocab_size:
+            raise invalid("sampling.logit_bias", f"{token} is outside the vocabulary of {limits.vocab_size}")
+        if not abs(bias) <= LOGIT_BIAS_LIMIT:
+            raise invalid("sampling.logit_bias", f"{bias:g} is not in [-{LOGIT_BIAS_LIMIT:g}, {LOGIT_BIAS_LIMIT:g}]")
+    return tuple(sorted(biases.items()))
+
+
+def _grammar(params: generate_pb2.SamplingParams, limits: Limits) -> Grammar | None:
+    given = params.WhichOneof("grammar")
+    if given is None:
+        return None
+    field, source = f"sampling.{given}", str(getattr(params, given))
+    if not source:
+        raise invalid(field, "empty")
+    if len(source.encode()) > MAX_GRAMMAR_BYTES:
+        raise invalid(field, f"more than {MAX_GRAMMAR_BYTES} bytes")
+    if not limits.grammar:
+        raise invalid(field, "the workers' engine has no grammar backend")
+    if given in ("json_schema", "structural_tag"):
+        _check_json_object(field, source)
+    return Grammar(GrammarKind(given), source)
+
+
+def _check_json_object(field: str, text: str) -> None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise invalid(field, f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise invalid(field, "not a JSON object")
 
 
 def _stop_token_ids(ids: Sequence[int], limits: Limits) -> tuple[int, ...]:

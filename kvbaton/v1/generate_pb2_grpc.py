@@ -38,15 +38,17 @@ class GenerateServiceStub:
     sampling.stop                 o         -        -       -
     sampling.skip_special_tokens  o         -        -       -
     sampling.* (all others)       o         o        o       o
+    logprobs                      o         o        o       o
     bootstrap                     -         R        R       -
     dp_rank                       -         o        o       o
     priority                      o         -        -       -
+    n                             o         -        -       -
 
     (1) required when the frontend serves more than one model.
 
     Every error is a gRPC status that carries google.rpc.ErrorInfo (domain "kvbaton"; metadata: field, leg, worker,
     room, request_id where they apply) and google.rpc.RetryInfo where a retry helps. A stream that ends with OK has sent
-    exactly one message with `finished` set, and it was the last.
+    exactly one message with `finished` set for each choice, and one of them was the last.
     """
 
     def __init__(self, channel):
@@ -80,15 +82,17 @@ class GenerateServiceServicer:
     sampling.stop                 o         -        -       -
     sampling.skip_special_tokens  o         -        -       -
     sampling.* (all others)       o         o        o       o
+    logprobs                      o         o        o       o
     bootstrap                     -         R        R       -
     dp_rank                       -         o        o       o
     priority                      o         -        -       -
+    n                             o         -        -       -
 
     (1) required when the frontend serves more than one model.
 
     Every error is a gRPC status that carries google.rpc.ErrorInfo (domain "kvbaton"; metadata: field, leg, worker,
     room, request_id where they apply) and google.rpc.RetryInfo where a retry helps. A stream that ends with OK has sent
-    exactly one message with `finished` set, and it was the last.
+    exactly one message with `finished` set for each choice, and one of them was the last.
     """
 
     def Generate(self, request, context):
@@ -141,15 +145,17 @@ class GenerateService:
     sampling.stop                 o         -        -       -
     sampling.skip_special_tokens  o         -        -       -
     sampling.* (all others)       o         o        o       o
+    logprobs                      o         o        o       o
     bootstrap                     -         R        R       -
     dp_rank                       -         o        o       o
     priority                      o         -        -       -
+    n                             o         -        -       -
 
     (1) required when the frontend serves more than one model.
 
     Every error is a gRPC status that carries google.rpc.ErrorInfo (domain "kvbaton"; metadata: field, leg, worker,
     room, request_id where they apply) and google.rpc.RetryInfo where a retry helps. A stream that ends with OK has sent
-    exactly one message with `finished` set, and it was the last.
+    exactly one message with `finished` set for each choice, and one of them was the last.
     """
 
     @staticmethod

@@ -39,15 +39,17 @@ class GenerateServiceStub:
       sampling.stop                 o         -        -       -
       sampling.skip_special_tokens  o         -        -       -
       sampling.* (all others)       o         o        o       o
+      logprobs                      o         o        o       o
       bootstrap                     -         R        R       -
       dp_rank                       -         o        o       o
       priority                      o         -        -       -
+      n                             o         -        -       -
 
       (1) required when the frontend serves more than one model.
 
     Every error is a gRPC status that carries google.rpc.ErrorInfo (domain "kvbaton"; metadata: field, leg, worker,
     room, request_id where they apply) and google.rpc.RetryInfo where a retry helps. A stream that ends with OK has sent
-    exactly one message with `finished` set, and it was the last.
+    exactly one message with `finished` set for each choice, and one of them was the last.
     """
 
     @_typing.overload
@@ -77,15 +79,17 @@ class GenerateServiceAsyncStub(GenerateServiceStub):
       sampling.stop                 o         -        -       -
       sampling.skip_special_tokens  o         -        -       -
       sampling.* (all others)       o         o        o       o
+      logprobs                      o         o        o       o
       bootstrap                     -         R        R       -
       dp_rank                       -         o        o       o
       priority                      o         -        -       -
+      n                             o         -        -       -
 
       (1) required when the frontend serves more than one model.
 
     Every error is a gRPC status that carries google.rpc.ErrorInfo (domain "kvbaton"; metadata: field, leg, worker,
     room, request_id where they apply) and google.rpc.RetryInfo where a retry helps. A stream that ends with OK has sent
-    exactly one message with `finished` set, and it was the last.
+    exactly one message with `finished` set for each choice, and one of them was the last.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -111,15 +115,17 @@ class GenerateServiceServicer(metaclass=_abc_1.ABCMeta):
       sampling.stop                 o         -        -       -
       sampling.skip_special_tokens  o         -        -       -
       sampling.* (all others)       o         o        o       o
+      logprobs                      o         o        o       o
       bootstrap                     -         R        R       -
       dp_rank                       -         o        o       o
       priority                      o         -        -       -
+      n                             o         -        -       -
 
       (1) required when the frontend serves more than one model.
 
     Every error is a gRPC status that carries google.rpc.ErrorInfo (domain "kvbaton"; metadata: field, leg, worker,
     room, request_id where they apply) and google.rpc.RetryInfo where a retry helps. A stream that ends with OK has sent
-    exactly one message with `finished` set, and it was the last.
+    exactly one message with `finished` set for each choice, and one of them was the last.
     """
 
     @_abc_1.abstractmethod

@@ -81,17 +81,19 @@ class ConnectResponse(_message.Message):
     def __init__(self, updates: _Optional[_Iterable[_Union[LegUpdate, _Mapping]]] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., live_legs: _Optional[int] = ..., engine_silence: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., credits_granted: _Optional[int] = ..., window: _Optional[int] = ..., free_slots: _Optional[int] = ...) -> None: ...
 
 class LegUpdate(_message.Message):
-    __slots__ = ("leg", "first_token", "accepted", "token_ids", "finished", "error")
+    __slots__ = ("leg", "first_token", "accepted", "token_ids", "finished", "error", "logprobs")
     LEG_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     leg: int
     first_token: int
     accepted: bool
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finished: _generate_pb2.Finished
     error: bytes
-    def __init__(self, leg: _Optional[int] = ..., first_token: _Optional[int] = ..., accepted: _Optional[bool] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[_Union[_generate_pb2.Finished, _Mapping]] = ..., error: _Optional[bytes] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenLogprob]
+    def __init__(self, leg: _Optional[int] = ..., first_token: _Optional[int] = ..., accepted: _Optional[bool] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[_Union[_generate_pb2.Finished, _Mapping]] = ..., error: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprob, _Mapping]]] = ...) -> None: ...

@@ -14,7 +14,7 @@ from opentelemetry.trace import Span
 from kvbaton.errors import RequestError, invalid
 from kvbaton.v1 import generate_pb2
 from services.modes import GENERATE
-from services.requests import Role, check_prompt, check_request_id, check_sampling
+from services.requests import Role, check_logprobs, check_prompt, check_request_id, check_sampling
 from services.telemetry import tracing
 from services.worker.core import Loaded, WorkerCore
 from services.worker.engines.protocol import (
@@ -118,16 +118,19 @@ class LegRunner:
             raise invalid("sampling.skip_special_tokens", "a worker returns no text")
         if request.HasField("priority"):
             raise invalid("priority", "requests wait for their turn in the frontend, not here")
+        if request.HasField("n"):
+            raise invalid("n", "a worker gives one answer; the frontend makes several requests of one")
         token_ids = check_prompt(request.token_ids.ids, loaded.limits)
         sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=loaded.limits)
         dp_rank = request.dp_rank if request.HasField("dp_rank") else None
         if dp_rank is not None and dp_rank >= loaded.info.dp_size:
             raise invalid("dp_rank", f"{dp_rank}: this worker has {loaded.info.dp_size} data-parallel ranks")
         room = await self._contract.room(request)
-        return EngineRequest("", token_ids, sampling, room, dp_rank, trace_headers)
+        return EngineRequest("", token_ids, sampling, room, dp_rank, trace_headers, check_logprobs(request))
 
     def _response(self, delta: EngineDelta, leg: Leg, timings: _Timings) -> generate_pb2.GenerateResponse:
-        response = generate_pb2.GenerateResponse(token_ids=delta.token_ids)
+        logprobs = [each.to_proto() for each in delta.logprobs]
+        response = generate_pb2.GenerateResponse(token_ids=delta.token_ids, logprobs=logprobs)
         if delta.finish is None:
             return response
         finished = response.finished

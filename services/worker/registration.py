@@ -109,6 +109,7 @@ def _runtime(mode: Mode, info: EngineInfo, has_tokenizer: bool) -> worker_pb2.Ru
         tool_call_parser=info.tool_call_parser,
         reasoning_parser=info.reasoning_parser,
         seeded_sampling=info.seeded_sampling,
+        grammar_backend=info.grammar_backend,
         has_tokenizer=has_tokenizer,
         embedding=None if info.embedding is None else info.embedding.to_proto(),
         versions=worker_pb2.Versions(

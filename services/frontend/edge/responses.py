@@ -17,7 +17,7 @@ from services.frontend.request.api import Finished
 
 DONE = b"data: [DONE]\n\n"
 
-FinishWord = Literal["stop", "length"]
+FinishWord = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(TypedDict):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2
+from services.requests import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +18,10 @@ class LegAccepted:
 
 @dataclass(frozen=True, slots=True)
 class LegTokens:
-    """New tokens of a leg that goes on."""
+    """New tokens of a leg that goes on; with log probabilities, one for each, where the request asks for them."""
 
     token_ids: list[int]
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class LegFinished:
 
     token_ids: list[int]
     finished: generate_pb2.Finished
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from services.frontend.link.credits import SessionCredits
 from services.frontend.link.outgoing import Outgoing
 from services.frontend.link.proof import RELEASE_DEADLINE, prove_ended
 from services.frontend.link.protocol import Credit, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
+from services.requests import TokenLogprob
 
 log = structlog.get_logger()
 
@@ -290,7 +291,11 @@ class SessionLeg:
         self._tokens += len(update.token_ids)
         if last:
             self._failed = True
-            self._sink(LegFinished(list(update.token_ids), update.finished))
+            self._sink(LegFinished(list(update.token_ids), update.finished, _logprobs(update)))
         elif update.token_ids:
-            self._sink(LegTokens(list(update.token_ids)))
+            self._sink(LegTokens(list(update.token_ids), _logprobs(update)))
         return last
+
+
+def _logprobs(update: session_pb2.LegUpdate) -> tuple[TokenLogprob, ...]:
+    return tuple(map(TokenLogprob.from_proto, update.logprobs))

@@ -12,6 +12,7 @@ from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
 from services.frontend.link.proof import prove_ended
 from services.frontend.link.protocol import Credit, Leg, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
+from services.requests import TokenLogprob
 
 # Seconds for the Abort call itself, and for the stream to end after it; then the call is cancelled from our side.
 ABORT_CALL_TIMEOUT = 2.0
@@ -145,9 +146,9 @@ class StreamLeg:
             async for response in self._call:
                 if response.HasField("finished"):
                     finished = True
-                    self._sink(LegFinished(list(response.token_ids), response.finished))
+                    self._sink(LegFinished(list(response.token_ids), response.finished, _logprobs(response)))
                 else:
-                    self._sink(LegTokens(list(response.token_ids)))
+                    self._sink(LegTokens(list(response.token_ids), _logprobs(response)))
             if not finished:
                 self._fail(RequestError(grpc.StatusCode.INTERNAL, Reason.LEG_ENDED_EARLY, "the stream ended early"))
         except grpc.aio.AioRpcError as error:
@@ -195,3 +196,7 @@ def unreachable(error: RequestError) -> RequestError:
     if error.reason is Reason.UNTYPED and error.code is grpc.StatusCode.UNAVAILABLE:
         error.reason, error.retry_after = Reason.WORKER_UNREACHABLE, 1.0
     return error
+
+
+def _logprobs(response: generate_pb2.GenerateResponse) -> tuple[TokenLogprob, ...]:
+    return tuple(map(TokenLogprob.from_proto, response.logprobs))

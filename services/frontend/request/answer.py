@@ -72,10 +72,12 @@ class Answer:
         if isinstance(event, LegFinished):
             self._cached = max(self._cached, event.finished.usage.cached_prompt_tokens)
         if stopped is not None:
-            return self._finished(Output(token_ids[: max(0, self._tokens - before)], text), stopped=stopped)
+            kept = max(0, self._tokens - before)
+            return self._finished(Output(token_ids[:kept], text, logprobs=event.logprobs[:kept]), stopped=stopped)
+        output = Output(token_ids, text, logprobs=event.logprobs)
         if isinstance(event, LegFinished):
-            return self._finished(Output(token_ids, text), finished=event.finished)
-        return Output(token_ids, text)
+            return self._finished(output, finished=event.finished)
+        return output
 
     def with_prefills_word(self, output: Output) -> Output:
         """The last output, with what prefill has said since it was made."""
@@ -133,7 +135,7 @@ class Answer:
             prefill_worker=placement.prefill.instance_id if placement.prefill is not None else "",
             decode_worker=placement.decode.instance_id,
         )
-        return Output(output.token_ids, output.text, self.complete)
+        return replace(output, finished=self.complete)
 
 
 def _between(start: float | None, end: float | None) -> float | None:

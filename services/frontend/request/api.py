@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from kvbaton.v1 import generate_pb2, model_pb2
+from services.requests import TokenLogprob
 from services.telemetry.tracing import NO_HEADERS
 
 
@@ -16,6 +17,8 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    # As STOP, and the answer has tool calls.
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +47,30 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """What is new of one tool call: first its id and name, then the JSON text of its arguments, piece by piece."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
-    """New tokens and new text; `finished` is set on the last output of a request and on no other.
+    """New tokens and new text; `finished` is set on the last output of a choice and on no other.
 
     `text` never ends inside a character, so it may lag behind `token_ids`; it is empty for a model without tokenizer.
+    `index` is the choice, from 0. `logprobs` has one entry for each token where the request asks for them.
     """
 
     token_ids: list[int]
     text: str = ""
     finished: Finished | None = None
+    index: int = 0
+    reasoning: str = ""
+    tool_calls: Sequence[ToolCallDelta] = ()
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 class LiveRequest(Protocol):
@@ -67,7 +85,10 @@ class LiveRequest(Protocol):
         ...
 
     def outputs(self) -> AsyncIterator[Output]:
-        """Ends after the output with `finished`, or raises RequestError once. Leaving it early cancels the request."""
+        """Ends after the last choice's output with `finished`, or raises RequestError once.
+
+        Leaving it early cancels the request.
+        """
         ...
 
     def when_cut_off(self, act: Callable[[], None]) -> None:

@@ -131,6 +131,7 @@ class Attempt:
             model=self._prepared.model,
             token_ids=generate_pb2.TokenIds(ids=self._prepared.token_ids),
             sampling=self._prepared.sampling.to_proto(),
+            logprobs=self._prepared.logprobs,
         )
         if self.room is not None:
             request.bootstrap.CopyFrom(self.room.to_proto())

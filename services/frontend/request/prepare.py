@@ -22,18 +22,22 @@ from services.frontend.text import (
     TokenizerError,
 )
 from services.frontend.text_models import TextModel
-from services.requests import Limits, Sampling, check_prompt, check_sampling, check_stops
+from services.requests import Limits, Sampling, check_logprobs, check_prompt, check_sampling, check_stops
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that any pair of its model can run. `text` turns its tokens into text, None without a tokenizer."""
+    """A request that any pair of its model can run. `text` turns its tokens into text, None without a tokenizer.
+
+    `logprobs` is how many of the likeliest tokens come with each token, None without log probabilities.
+    """
 
     request_id: str
     model: str
     token_ids: list[int]
     sampling: Sampling
     text: TextOutput | None
+    logprobs: int | None = None
 
 
 async def prepare(
@@ -45,6 +49,7 @@ async def prepare(
     """
     _refuse_worker_fields(request)
     stops = check_stops(request.sampling.stop)
+    logprobs = check_logprobs(request)
     # Cheap checks first, with a prompt of one token: bad sampling costs no tokenization.
     check_sampling(_without_length(request.sampling), prompt_tokens=1, limits=limits)
     ids, field = await _token_ids(request, worker, limits)
@@ -58,6 +63,7 @@ async def prepare(
         token_ids=token_ids,
         sampling=sampling,
         text=_text_output(request, worker.text, token_ids, stops),
+        logprobs=logprobs,
     )
 
 

@@ -18,6 +18,7 @@ from services.telemetry.tracing import pick_headers
 _FINISH_REASONS = {
     FinishReason.STOP: generate_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: generate_pb2.FINISH_REASON_TOOL_CALLS,
 }
 
 
@@ -56,7 +57,17 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
 
 
 def _response(output: Output, request_id: str) -> generate_pb2.GenerateResponse:
-    response = generate_pb2.GenerateResponse(token_ids=output.token_ids, text=output.text)
+    response = generate_pb2.GenerateResponse(
+        token_ids=output.token_ids,
+        text=output.text,
+        index=output.index,
+        reasoning=output.reasoning,
+        tool_calls=[
+            generate_pb2.ToolCallDelta(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
+            for call in output.tool_calls
+        ],
+        logprobs=[each.to_proto() for each in output.logprobs],
+    )
     if output.finished is not None:
         _write_finished(response.finished, output.finished, request_id)
     return response

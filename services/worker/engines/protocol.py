@@ -14,10 +14,10 @@ from typing import Protocol, TypeAlias
 from prometheus_client import Metric
 
 from services.embedding_requests import EmbeddingSize
-from services.requests import Role, Room, Sampling
+from services.requests import Role, Room, Sampling, TokenLogprob
 from services.worker.engines.kv_events import KvChange
 
-__all__ = ["Role", "Room", "Sampling"]
+__all__ = ["Role", "Room", "Sampling", "TokenLogprob"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class EngineRequest:
     """One leg of one attempt.
 
     `engine_id` is 32 hex digits and never used twice: SGLang matches aborts by prefix. `room` is set for both legs of a
-    disaggregated request and None for an aggregated one. `trace_headers` are W3C trace-context headers.
+    disaggregated request and None for an aggregated one. `trace_headers` are W3C trace-context headers. `logprobs` is
+    how many of the likeliest tokens come with each token, None without log probabilities.
     """
 
     engine_id: str
@@ -34,6 +35,7 @@ class EngineRequest:
     room: Room | None = None
     dp_rank: int | None = None
     trace_headers: Mapping[str, str] = field(default_factory=dict)
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +87,14 @@ class EngineFinish:
 
 @dataclass(frozen=True, slots=True)
 class EngineDelta:
-    """New tokens of one request; `finish` is set on the last delta and on no other."""
+    """New tokens of one request; `finish` is set on the last delta and on no other.
+
+    `logprobs` has one entry for each token where the request asks for them.
+    """
 
     token_ids: list[int]
     finish: EngineFinish | None = None
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,8 @@ class EngineInfo:
     seeded_sampling: bool
     tool_call_parser: str = ""
     reasoning_parser: str = ""
+    # What holds answers to a grammar; empty when nothing does.
+    grammar_backend: str = ""
     # Whether `Engine.kv_events` tells anything.
     has_kv_events: bool = False
     # None for an engine that generates.

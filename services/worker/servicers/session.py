@@ -191,6 +191,7 @@ class Session:
     def _add(self, leg: int, response: generate_pb2.GenerateResponse) -> None:
         update = self._update(leg)
         update.token_ids.extend(response.token_ids)
+        update.logprobs.extend(response.logprobs)
         if response.HasField("finished"):
             update.finished.CopyFrom(response.finished)
 
