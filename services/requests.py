@@ -94,6 +94,11 @@ class Grammar:
     kind: GrammarKind
     source: str
 
+    @property
+    def field(self) -> str:
+        """Its name in an error."""
+        return f"sampling.{self.kind}"
+
 
 @dataclass(frozen=True, slots=True)
 class TopLogprob:
@@ -268,6 +273,11 @@ def check_sampling(params: generate_pb2.SamplingParams, *, prompt_tokens: int, l
     top_p = _bounded(params, "top_p", 1.0, 0.0, 1.0)
     if top_p == 0.0:
         raise invalid("sampling.top_p", "0 is not in (0, 1]")
+    grammar = _grammar(params, limits)
+    if grammar is not None and min_new:
+        raise invalid(
+            "sampling.min_new_tokens", f"{min_new:g} with a grammar, which says itself when an answer may end"
+        )
     repetition_penalty = _bounded(params, "repetition_penalty", 1.0, 0.0, 2.0)
     if repetition_penalty == 0.0:
         raise invalid("sampling.repetition_penalty", "0 is not in (0, 2]")
@@ -285,7 +295,7 @@ def check_sampling(params: generate_pb2.SamplingParams, *, prompt_tokens: int, l
         ignore_eos=params.ignore_eos,
         stop_token_ids=_stop_token_ids(params.stop_token_ids, limits),
         logit_bias=_logit_bias(params.logit_bias, limits),
-        grammar=_grammar(params, limits),
+        grammar=grammar,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from kvbaton.errors import Reason, RequestError, cancelled
+from kvbaton.errors import Reason, RequestError, cancelled, invalid
 from services.worker.core import WorkerCore
 from services.worker.engines.protocol import EngineDeadError, EngineFinish, EngineRefusedError
 from services.worker.legs import Leg
@@ -21,6 +21,9 @@ class LegErrors:
         if isinstance(error, RequestError):
             return error
         if isinstance(error, EngineRefusedError):
+            if error.field:
+                at_fault = invalid(error.field, str(error))
+                return at_fault.with_context(leg=self._core.role, worker=self._core.instance_id)
             return self._failed(grpc.StatusCode.INVALID_ARGUMENT, Reason.ENGINE_REFUSED, str(error))
         return self._failed(grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_DEAD, str(error))
 

@@ -6,6 +6,7 @@ GenerateService (one stream per leg) and WorkerSessionService (one stream for al
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 
@@ -181,6 +182,4 @@ def _describe_end(span: Span, finish: EngineFinish) -> None:
 
 
 def _with_engine_id(request: EngineRequest, leg: Leg) -> EngineRequest:
-    return EngineRequest(
-        leg.engine_id, request.token_ids, request.sampling, request.room, request.dp_rank, request.trace_headers
-    )
+    return dataclasses.replace(request, engine_id=leg.engine_id)

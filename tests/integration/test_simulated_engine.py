@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from services.requests import Role, Room, Sampling
+from services.requests import Grammar, GrammarKind, Role, Room, Sampling
 from services.worker.engines.kv_events import BlockStored, KvChange
 from services.worker.engines.protocol import EngineRefusedError, EngineRequest, Finish
 from services.worker.engines.simulated import Addresses, SimulatedEngine, SimulatedOptions
-from services.worker.engines.simulated.oracle import EOS_TOKEN, expected_answer, expected_tokens
+from services.worker.engines.simulated.oracle import EOS_TOKEN, expected_answer, expected_logprobs, expected_tokens
 from tests.support.ports import free_port
 from tests.support.simulated_engines import Leg, Pair, do, fresh_room, greedy, started, started_pair
 from tests.support.waiting import eventually
@@ -299,3 +299,48 @@ async def test_a_script_is_played_by_the_pair() -> None:
         outcome = await pair.generate(PROMPT, greedy(50))
         assert outcome.tokens == [100, 200, 300, EOS_TOKEN]
         assert outcome.finish.reason is Finish.STOP
+
+
+async def test_log_probabilities_equal_the_oracles_in_both_roles_and_alone() -> None:
+    for top in (0, 3):
+        expected = expected_logprobs(PROMPT, greedy(12), top)
+        async with started_pair() as pair, started(Role.AGGREGATED) as aggregated:
+            prefill, decode = pair.legs(PROMPT, greedy(12), logprobs=top)
+            alone = Leg(aggregated, PROMPT, greedy(12), logprobs=top)
+            for leg in (prefill, decode, alone):
+                await leg.result()
+            assert prefill.logprobs == expected[:1]
+            assert decode.logprobs == alone.logprobs == expected
+
+
+async def test_without_asking_there_are_no_log_probabilities() -> None:
+    async with started_pair() as pair:
+        legs = pair.legs(PROMPT, greedy(4))
+        for leg in legs:
+            await leg.result()
+            assert leg.logprobs == []
+
+
+async def test_biases_reach_both_legs() -> None:
+    async with started_pair() as pair:
+        forced = replace(greedy(3), logit_bias=((77, 100.0),))
+        assert (await pair.generate(PROMPT, forced)).tokens == [77] * 3
+
+
+async def test_grammars_are_checked_a_little_and_change_nothing() -> None:
+    def held_to(kind: GrammarKind, source: str) -> Sampling:
+        return replace(greedy(4), grammar=Grammar(kind, source))
+
+    async with started(Role.AGGREGATED, SimulatedOptions(grammars=True)) as engine:
+        assert engine.info().grammar_backend == "simulated"
+        for kind, source in ((GrammarKind.REGEX, "a+"), (GrammarKind.JSON_SCHEMA, '{"type": ["string", "null"]}')):
+            outcome = await Leg(engine, PROMPT, held_to(kind, source)).result()
+            assert outcome.tokens == expected_tokens(PROMPT, greedy(4))
+        for kind, source in ((GrammarKind.REGEX, "(a"), (GrammarKind.JSON_SCHEMA, '{"type": "nothing"}')):
+            with pytest.raises(EngineRefusedError) as caught:
+                await Leg(engine, PROMPT, held_to(kind, source)).result()
+            assert caught.value.field == f"sampling.{kind}"
+    async with started(Role.AGGREGATED) as engine:
+        assert engine.info().grammar_backend == ""
+        with pytest.raises(EngineRefusedError, match="none without a script"):
+            await Leg(engine, PROMPT, held_to(GrammarKind.REGEX, "a")).result()

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from services.requests import Role, Room, Sampling
-from services.worker.engines.protocol import EngineFinish, EngineRequest, Finish
+from services.worker.engines.protocol import EngineFinish, EngineRequest, Finish, TokenLogprob
 from services.worker.engines.simulated import Addresses, SimulatedEngine, SimulatedOptions, control
 
 
@@ -46,11 +46,14 @@ class Leg:
         sampling: Sampling,
         room: Room | None = None,
         dp_rank: int | None = None,
+        logprobs: int | None = None,
     ) -> None:
         self.engine = engine
         self.engine_id = uuid.uuid4().hex
         self.tokens: list[int] = []
-        self._deltas = engine.generate(EngineRequest(self.engine_id, prompt, sampling, room, dp_rank))
+        self.logprobs: list[TokenLogprob] = []
+        request = EngineRequest(self.engine_id, prompt, sampling, room, dp_rank, logprobs=logprobs)
+        self._deltas = engine.generate(request)
         self.task = asyncio.create_task(self._run())
         # A leg that nobody waits for may end with its engine.
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -58,6 +61,7 @@ class Leg:
     async def _run(self) -> Outcome:
         async for delta in self._deltas:
             self.tokens += delta.token_ids
+            self.logprobs += delta.logprobs
             if delta.finish is not None:
                 return Outcome(self.tokens, delta.finish)
         raise AssertionError("the engine ended without a finish")
@@ -95,10 +99,13 @@ class Pair:
     def room(self, room: int) -> Room:
         return Room("127.0.0.1", self.prefill.bootstrap_port, room)
 
-    def legs(self, prompt: list[int], sampling: Sampling, room: int | None = None) -> tuple[Leg, Leg]:
+    def legs(
+        self, prompt: list[int], sampling: Sampling, room: int | None = None, logprobs: int | None = None
+    ) -> tuple[Leg, Leg]:
         """Both legs of a request, as a frontend sends them."""
         where = self.room(fresh_room() if room is None else room)
-        return Leg(self.prefill, prompt, sampling, where), Leg(self.decode, prompt, sampling, where)
+        prefill = Leg(self.prefill, prompt, sampling, where, logprobs=logprobs)
+        return prefill, Leg(self.decode, prompt, sampling, where, logprobs=logprobs)
 
     async def generate(self, prompt: list[int], sampling: Sampling, room: int | None = None) -> Outcome:
         """Decode's outcome, once prefill has ended too."""

@@ -10,10 +10,22 @@ import grpc
 import pytest
 
 from kvbaton.errors import RequestError
-from kvbaton.v1.generate_pb2 import Bootstrap, SamplingParams
-from services.requests import Limits, check_prompt, check_request_id, check_room, check_sampling, check_stops
+from kvbaton.v1.generate_pb2 import Bootstrap, GenerateRequest, SamplingParams
+from services.requests import (
+    Grammar,
+    GrammarKind,
+    Limits,
+    TokenLogprob,
+    TopLogprob,
+    check_logprobs,
+    check_prompt,
+    check_request_id,
+    check_room,
+    check_sampling,
+    check_stops,
+)
 
-LIMITS = Limits(context_length=100, max_prompt_tokens=90, vocab_size=50, seeded_sampling=True)
+LIMITS = Limits(context_length=100, max_prompt_tokens=90, vocab_size=50, seeded_sampling=True, grammar=True)
 
 
 def refused_field(call: object) -> str:
@@ -46,6 +58,20 @@ def refused_field(call: object) -> str:
         (SamplingParams(seed=-1), "sampling.seed"),
         (SamplingParams(stop_token_ids=[50]), "sampling.stop_token_ids"),
         (SamplingParams(stop_token_ids=[1] * 65), "sampling.stop_token_ids"),
+        (SamplingParams(logit_bias={50: 1}), "sampling.logit_bias"),
+        (SamplingParams(logit_bias={1: 100.5}), "sampling.logit_bias"),
+        (SamplingParams(logit_bias={1: -math.inf}), "sampling.logit_bias"),
+        (SamplingParams(logit_bias={1: math.nan}), "sampling.logit_bias"),
+        (SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0)), "sampling.logit_bias"),
+        (SamplingParams(json_schema=""), "sampling.json_schema"),
+        (SamplingParams(json_schema="{"), "sampling.json_schema"),
+        (SamplingParams(json_schema="[]"), "sampling.json_schema"),
+        (SamplingParams(json_schema='{"items":' * 6000 + "{}" + "}" * 6000), "sampling.json_schema"),
+        (SamplingParams(structural_tag="true"), "sampling.structural_tag"),
+        (SamplingParams(regex=""), "sampling.regex"),
+        (SamplingParams(regex="é" * 32769), "sampling.regex"),
+        (SamplingParams(ebnf=""), "sampling.ebnf"),
+        (SamplingParams(regex="a", min_new_tokens=1), "sampling.min_new_tokens"),
     ],
 )
 def test_bad_sampling_names_its_field(params: SamplingParams, field: str) -> None:
@@ -63,26 +89,77 @@ def test_an_explicit_zero_is_not_a_default() -> None:
     assert check_sampling(SamplingParams(temperature=0), prompt_tokens=10, limits=LIMITS).temperature == 0.0
 
 
+EVERYTHING = SamplingParams(
+    max_new_tokens=7,
+    min_new_tokens=2,
+    temperature=0.5,
+    top_p=0.25,
+    top_k=3,
+    min_p=0.125,
+    frequency_penalty=0.5,
+    presence_penalty=-0.5,
+    repetition_penalty=1.5,
+    seed=11,
+    ignore_eos=True,
+    stop_token_ids=[4, 5],
+    logit_bias={7: 1.5, 3: -100},
+)
+FRONTEND_ONLY = {"stop", "skip_special_tokens"}
+GRAMMARS = {"json_schema": '{"type": "object"}', "regex": "a+", "ebnf": 'root ::= "a"', "structural_tag": "{}"}
+
+
 def test_every_sampling_field_survives_the_way_to_a_worker() -> None:
     """Fields are compared by name, so a new one that `to_proto` forgets fails here."""
-    given = SamplingParams(
-        max_new_tokens=7,
-        min_new_tokens=2,
-        temperature=0.5,
-        top_p=0.25,
-        top_k=3,
-        min_p=0.125,
-        frequency_penalty=0.5,
-        presence_penalty=-0.5,
-        repetition_penalty=1.5,
-        seed=11,
-        ignore_eos=True,
-        stop_token_ids=[4, 5],
-    )
-    frontend_only = {"stop", "skip_special_tokens"}
-    sent = check_sampling(given, prompt_tokens=10, limits=LIMITS).to_proto()
-    names = {field.name for field in SamplingParams.DESCRIPTOR.fields} - frontend_only
-    assert {name: getattr(sent, name) for name in names} == {name: getattr(given, name) for name in names}
+    sent = check_sampling(EVERYTHING, prompt_tokens=10, limits=LIMITS).to_proto()
+    names = {field.name for field in SamplingParams.DESCRIPTOR.fields} - FRONTEND_ONLY - GRAMMARS.keys()
+    assert {name: getattr(sent, name) for name in names} == {name: getattr(EVERYTHING, name) for name in names}
+    plain = check_sampling(SamplingParams(max_new_tokens=8), prompt_tokens=10, limits=LIMITS).to_proto()
+    assert [name for name in names if getattr(plain, name) == getattr(sent, name)] == [], "none at its default"
+
+
+@pytest.mark.parametrize("name", [field.name for field in SamplingParams.DESCRIPTOR.oneofs_by_name["grammar"].fields])
+def test_every_kind_of_grammar_survives_the_way_to_a_worker(name: str) -> None:
+    given = SamplingParams(**{name: GRAMMARS[name]})  # type: ignore[arg-type]
+    sampling = check_sampling(given, prompt_tokens=10, limits=LIMITS)
+    expected = Grammar(GrammarKind(name), GRAMMARS[name])
+    assert sampling.grammar == expected
+    assert expected.field == f"sampling.{name}"
+    sent = sampling.to_proto()
+    assert (sent.WhichOneof("grammar"), getattr(sent, name)) == (name, GRAMMARS[name])
+    assert check_sampling(sent, prompt_tokens=10, limits=LIMITS) == sampling
+
+
+def test_what_a_worker_is_sent_it_reads_as_it_was() -> None:
+    sampling = check_sampling(EVERYTHING, prompt_tokens=10, limits=LIMITS)
+    assert check_sampling(sampling.to_proto(), prompt_tokens=10, limits=LIMITS) == sampling
+
+
+def test_the_largest_biases_are_taken() -> None:
+    sampling = check_sampling(SamplingParams(logit_bias={49: 100, 0: -100}), prompt_tokens=10, limits=LIMITS)
+    assert sampling.logit_bias == ((0, -100.0), (49, 100.0))
+
+
+def test_a_grammar_is_refused_where_nothing_holds_an_answer_to_it() -> None:
+    without = Limits(context_length=100, max_prompt_tokens=90, vocab_size=50, seeded_sampling=True)
+    for name, source in GRAMMARS.items():
+        params = SamplingParams(**{name: source})  # type: ignore[arg-type]
+        assert refused_field(lambda p=params: check_sampling(p, prompt_tokens=1, limits=without)) == f"sampling.{name}"
+    assert not Limits.smallest([LIMITS, without]).grammar, "one worker of a model is enough to refuse them"
+
+
+def test_log_probabilities_of_up_to_twenty_tokens() -> None:
+    assert check_logprobs(GenerateRequest()) is None
+    assert check_logprobs(GenerateRequest(logprobs=0)) == 0
+    assert check_logprobs(GenerateRequest(logprobs=20)) == 20
+    assert refused_field(lambda: check_logprobs(GenerateRequest(logprobs=21))) == "logprobs"
+
+
+def test_log_probabilities_survive_the_way_back() -> None:
+    given = TokenLogprob(5, -0.25, (TopLogprob(5, -0.25, b"a"), TopLogprob(6, -1.5, b"\xc3")), b"a")
+    wire = given.to_proto()
+    assert TokenLogprob.from_proto(wire) == given
+    for message in (wire, wire.top[0]):
+        assert {field.name for field, _ in message.ListFields()} == {f.name for f in message.DESCRIPTOR.fields}
 
 
 def test_a_seed_is_refused_where_it_would_mean_nothing() -> None:

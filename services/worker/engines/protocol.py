@@ -14,10 +14,10 @@ from typing import Protocol, TypeAlias
 from prometheus_client import Metric
 
 from services.embedding_requests import EmbeddingSize
-from services.requests import Role, Room, Sampling, TokenLogprob
+from services.requests import Grammar, Role, Room, Sampling, TokenLogprob
 from services.worker.engines.kv_events import KvChange
 
-__all__ = ["Role", "Room", "Sampling", "TokenLogprob"]
+__all__ = ["Grammar", "Role", "Room", "Sampling", "TokenLogprob"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,14 @@ class EngineDeadError(Exception):
 
 
 class EngineRefusedError(Exception):
-    """The engine refused a request before running it (its own validation); the message is the engine's."""
+    """The engine refused a request, nearly always before running it; the message is the engine's.
+
+    `field` is the field at fault as in the proto, empty where the engine doesn't say.
+    """
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class EngineAbortedError(Exception):

@@ -34,3 +34,9 @@ def test_every_kind_of_value() -> None:
 def test_what_makes_no_sense_is_named(text: str, named: str) -> None:
     with pytest.raises(ValueError, match=f"--sim: .*{named}"):
         parse_options(text)
+
+
+def test_grammars_are_taken_with_a_script_or_when_asked_for() -> None:
+    assert SimulatedOptions().grammar_backend == ""
+    assert parse_options("script=a.json").grammar_backend == "simulated"
+    assert parse_options("grammars=true").grammar_backend == "simulated"

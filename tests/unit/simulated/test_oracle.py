@@ -16,6 +16,7 @@ from services.worker.engines.simulated.oracle import (
     TokenModel,
     expected_answer,
     expected_embedding,
+    expected_logprobs,
     expected_tokens,
 )
 
@@ -96,7 +97,46 @@ def test_a_script_is_played_and_ends(tmp_path: Path) -> None:
     assert expected_tokens([1, 2, 3], GREEDY, model) == expected_tokens([1, 2, 3], GREEDY)
 
 
-@pytest.mark.parametrize("content", ["{", '[{"prompt": [1]}]', '[{"prompt": [1], "tokens": [99999]}]', "[3]"])
+def test_one_answer_for_every_prompt_that_has_none_of_its_own() -> None:
+    model = TokenModel()
+    model.play(PROMPT, [100])
+    model.play(None, [7, 8])
+    assert expected_tokens(PROMPT, GREEDY, model) == [100, EOS_TOKEN]
+    assert expected_tokens([1, 2, 3], GREEDY, model) == [7, 8, EOS_TOKEN]
+
+
+def test_a_bias_of_100_decides_by_itself() -> None:
+    plain = expected_tokens(PROMPT, GREEDY)
+    assert expected_tokens(PROMPT, replace(GREEDY, logit_bias=((9, 100.0),))) == [9] * 24
+    banned = expected_tokens(PROMPT, replace(GREEDY, logit_bias=((plain[0], -100.0),)))
+    assert plain[0] not in banned
+    assert len(banned) == 24
+    assert expected_tokens(PROMPT, replace(GREEDY, logit_bias=((9, 1.0),))) != plain
+
+
+def test_where_all_tokens_are_banned_there_is_an_end() -> None:
+    model = TokenModel(vocab_size=16)
+    banned = tuple((token, -100.0) for token in range(3, 15))
+    assert expected_tokens(PROMPT, replace(GREEDY, logit_bias=banned), model) == [15] * 24
+    assert expected_tokens(PROMPT, replace(GREEDY, logit_bias=(*banned, (15, -100.0))), model) == [EOS_TOKEN]
+
+
+@pytest.mark.parametrize("top", [0, 1, 5, 20])
+def test_log_probabilities_are_of_the_tokens_and_add_up_to_less_than_one(top: int) -> None:
+    logprobs = expected_logprobs(PROMPT, GREEDY, top)
+    assert [each.token_id for each in logprobs] == expected_tokens(PROMPT, GREEDY)
+    for each in logprobs:
+        assert len({other.token_id for other in each.top}) == top
+        assert [other.logprob for other in each.top] == sorted((other.logprob for other in each.top), reverse=True)
+        assert sum(math.exp(other.logprob) for other in each.top) < 1
+        assert not each.top or (each.top[0].token_id, each.top[0].logprob) == (each.token_id, each.logprob)
+    assert len({each.logprob for each in logprobs}) > 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", '[{"prompt": [1]}]', '[{"prompt": [1], "tokens": [99999]}]', "[3]", '[{"prompt": 5, "tokens": []}]'],
+)
 def test_a_bad_script_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "script.json"
     file.write_text(content)

@@ -45,7 +45,7 @@ class AggregatedRank(PromptRank):
     def _chunk_computed(self, request: Request, now: float) -> None:
         if request.table is not None:
             self._running[request] = None
-            self._emit(request, request.rule.next_token(request.table.context(), 0))
+            self._emit(request, request.table.context())
 
     def _drop(self, request: Request, reason: str) -> None:
         self._unqueue(request)

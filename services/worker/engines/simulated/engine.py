@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -17,6 +19,7 @@ from prometheus_client import Metric
 from starlette.applications import Starlette
 
 from services.embedding_requests import EmbeddingSize
+from services.requests import GrammarKind
 from services.worker.engines.embedding_batch import EmbeddingBatches
 from services.worker.engines.kv_events import KvChange, KvEvent
 from services.worker.engines.probe import embedding_probe, generate_probe
@@ -31,6 +34,7 @@ from services.worker.engines.protocol import (
     EngineRefusedError,
     EngineRequest,
     Finish,
+    Grammar,
     ProbePayload,
     Role,
     Sampling,
@@ -59,6 +63,8 @@ from services.worker.engines.simulated.request import DeltaStream, Request
 from services.worker.engines.simulated.scheduler import Scheduler
 from services.worker.engines.simulated.sender import PrefillLink
 from services.worker.engines.simulated.wire import INCARNATION_BYTES
+
+_JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +160,7 @@ class SimulatedEngine:
             eos_token_ids=(EOS_TOKEN,),
             bos_token_id=BOS_TOKEN,
             seeded_sampling=True,
+            grammar_backend=options.grammar_backend,
             has_kv_events=self.role in (Role.PREFILL, Role.AGGREGATED) and options.prefix_cache,
             embedding=self._embedding_size(),
         )
@@ -330,8 +337,24 @@ class SimulatedEngine:
             raise EngineRefusedError("prompt and max_new_tokens don't fit into the KV pool")
         if request.dp_rank is not None and not 0 <= request.dp_rank < options.dp_size:
             raise EngineRefusedError(f"dp_rank {request.dp_rank}: there are {options.dp_size}")
+        if request.sampling.grammar is not None:
+            self._check_grammar(request.sampling.grammar)
         if self.role.disaggregated and request.room is None:
             raise EngineRefusedError("Disaggregated request received without bootstrap room id")
+
+    def _check_grammar(self, grammar: Grammar) -> None:
+        """What a compiler would find at first sight."""
+        try:
+            if not self.options.grammar_backend:
+                raise ValueError("the simulated engine takes none without a script")
+            if grammar.kind is GrammarKind.REGEX:
+                re.compile(grammar.source)
+            elif grammar.kind is GrammarKind.JSON_SCHEMA:
+                kind = json.loads(grammar.source).get("type", "object")
+                if isinstance(kind, str) and kind not in _JSON_TYPES:
+                    raise ValueError(f"unsupported type {kind!r}")
+        except (ValueError, re.error) as error:
+            raise EngineRefusedError(str(error), field=grammar.field) from error
 
     def _choose_rank(self, request: EngineRequest) -> Rank:
         ranks = self.scheduler.ranks

@@ -33,7 +33,14 @@ class SimulatedOptions:
     matryoshka: bool = False
     """Embedding role: numbers in a vector, and whether fewer can be asked for."""
     script: str = ""
-    """A JSON file, `[{"prompt": [1, 2], "tokens": [3, 4]}]`: answers that are played instead of computed."""
+    """A JSON file, `[{"prompt": [1, 2], "tokens": [3, 4]}]`: answers that are played instead of computed.
+
+    An entry without "prompt" answers every prompt that has none of its own. For text, "<tool_call>" as any other, let
+    the model's own tokenizer make the ids, `Tokenizer.from_file(".../tokenizer.json").encode(text,
+    add_special_tokens=False).ids`, and give `vocab_size` the model's; the end of the sequence, token 2, is added.
+    """
+    grammars: bool = False
+    """Takes grammars, checks them a little and answers as if there were none; with a script it always does."""
 
     start_seconds: float = 0.0
     prefill_base: float = 0.0005
@@ -88,6 +95,11 @@ class SimulatedOptions:
     def pages(self) -> int:
         """Pages of one dp rank's pool."""
         return self.max_total_tokens // self.page_size
+
+    @property
+    def grammar_backend(self) -> str:
+        """As in `EngineInfo`."""
+        return "simulated" if self.grammars or self.script else ""
 
     @property
     def max_prompt_tokens(self) -> int:

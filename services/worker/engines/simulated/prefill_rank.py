@@ -139,10 +139,10 @@ class PrefillRank(PromptRank):
 
     def _answer(self, request: Request) -> None:
         assert request.table is not None
-        token = request.rule.next_token(request.table.context(), 0)
+        context = request.table.context()
         request.table.close()
         request.table = None
-        self._emit(request, token)
+        self._emit(request, context)
 
     def _finish(self, request: Request, token: int) -> Finish | None:
         return Finish.LENGTH  # whatever the token is, as SGLang

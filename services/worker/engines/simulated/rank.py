@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from services.worker.engines.protocol import EngineLoad, Finish
 from services.worker.engines.simulated.faults import Faults
 from services.worker.engines.simulated.options import SimulatedOptions
 from services.worker.engines.simulated.pages import PageAllocator, PageArray
 from services.worker.engines.simulated.request import Request
+
+if TYPE_CHECKING:
+    from hashlib import blake2b as Hash  # noqa: N812 - a class in the type stubs only
 
 # Forward passes that one look at the clock makes up for; a host that was away longer has lost the rest.
 _MAX_CATCH_UP = 64
@@ -169,11 +173,14 @@ class Rank:
             self.holding -= 1
             self._freed = True
 
-    def _emit(self, request: Request, token: int) -> None:
-        """One more output token, with everything that it may end."""
+    def _emit(self, request: Request, context: Hash) -> None:
+        """One more output token, the one behind `context`, with everything that it may end."""
+        token = request.rule.next_token(context, request.produced)
         if not request.produced and self.faults.wrong_first_tokens:
             self.faults.wrong_first_tokens -= 1
             token = (token + 1) % self.options.vocab_size
+        if request.logprobs is not None:
+            request.fresh_logprobs.append(request.rule.logprob(context, request.produced, token, request.logprobs))
         if request.table is not None:
             request.table.append(token)
         request.produced += 1
@@ -195,7 +202,7 @@ class Rank:
         self.counters.steps += 1
         for request in requests:
             if not request.ended and request.table is not None:
-                self._emit(request, request.rule.next_token(request.table.context(), request.produced))
+                self._emit(request, request.table.context())
 
     def _end_by_fault(self, request: Request) -> bool:
         faults = self.faults

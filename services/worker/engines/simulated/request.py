@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from services.requests import Room
 from services.worker.engines.probe import FAKE_PEER
-from services.worker.engines.protocol import EngineDelta, EngineFinish, EngineRequest, Finish
+from services.worker.engines.protocol import EngineDelta, EngineFinish, EngineRequest, Finish, TokenLogprob
 from services.worker.engines.simulated.oracle import TokenRule
 from services.worker.engines.simulated.pages import BlockTable, Mask
 
@@ -65,7 +65,10 @@ class Request:
     ended: bool = False
     produced: int = 0
     fresh: list[int] = field(default_factory=list[int])
+    fresh_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     """Output that the stream has not got yet."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens come with each, None without any log probabilities."""
     pages: list[int] = field(default_factory=list[int])
     table: BlockTable | None = None
     mask: Mask | None = None
@@ -79,7 +82,8 @@ class Request:
     def of(cls, request: EngineRequest, rule: TokenRule, now: float) -> Request:
         """From what the worker submits."""
         prompt, room = list(request.token_ids), request.room
-        return cls(request.engine_id, prompt, rule, request.sampling.max_new_tokens, room, now)
+        length = request.sampling.max_new_tokens
+        return cls(request.engine_id, prompt, rule, length, room, now, logprobs=request.logprobs)
 
     @property
     def pretends(self) -> bool:
@@ -100,8 +104,7 @@ class Request:
 
     def flush(self) -> None:
         """Gives the stream what it has not got yet."""
-        self.stream.put(EngineDelta(self.fresh))
-        self.fresh = []
+        self.stream.put(self._delta(None))
 
     def end(self, reason: Finish, *, message: str = "", status: int = 0, matched: int | None = None) -> None:
         """Its last delta, with what the stream has not got yet."""
@@ -115,5 +118,9 @@ class Request:
             completion_tokens=self.stream.delivered + len(self.fresh),
         )
         self.ended = True
-        self.stream.put(EngineDelta(self.fresh, finish))
-        self.fresh = []
+        self.stream.put(self._delta(finish))
+
+    def _delta(self, finish: EngineFinish | None) -> EngineDelta:
+        delta = EngineDelta(self.fresh, finish, self.fresh_logprobs)
+        self.fresh, self.fresh_logprobs = [], []
+        return delta
