@@ -21,6 +21,7 @@ import pytest
 
 from services.config.yaml_file import ConfigFile
 from services.embedding_requests import EmbeddingSize
+from services.requests import Grammar, GrammarKind, TokenLogprob, TopLogprob
 from services.telemetry.otlp import OtlpTarget
 from services.transport import PortTakenError
 from services.worker.engines import sglang_death
@@ -256,6 +257,14 @@ class TestFields:
         assert forced_fields(options(Role.PREFILL, bootstrap_host="[::1]"))["host"] == "::1"
         assert environment(options(transfer_host="[fd00::1]"), Path("/t"), {})["SGLANG_HOST_IP"] == "fd00::1"
 
+    def test_sglangs_own_grammar_backend_is_used_everywhere(self) -> None:
+        for device in ("cpu", "cuda"):
+            assert "grammar_backend" not in default_fields(options(device=device))
+
+    def test_log_probabilities_are_of_one_distribution_at_every_temperature(self) -> None:
+        inherited = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
+        assert environment(options(), Path("/t"), inherited)["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
+
     def test_on_cuda_nothing_but_the_log_level_is_a_default_of_ours(self) -> None:
         assert default_fields(options(Role.DECODE)) == {"log_level": "warning"}
 
@@ -441,8 +450,45 @@ class TestSampling:
         assert minimum(Sampling(8, min_new_tokens=8)) == 8
         assert minimum(Sampling(8, min_new_tokens=8, ignore_eos=True, stop_token_ids=(1,))) == 8
 
+    def test_biases_and_grammars_have_sglangs_names(self) -> None:
+        assert not {"logit_bias", "json_schema", "regex"} & sampling_params(Sampling(8), seeded=False).keys()
+        biased = sampling_params(Sampling(8, logit_bias=((3, -100.0), (7, 1.5))), seeded=False)
+        assert biased["logit_bias"] == {"3": -100.0, "7": 1.5}
+        for kind in GrammarKind:
+            assert sampling_params(Sampling(8, grammar=Grammar(kind, "g")), seeded=False)[kind.value] == "g"
+
+    def test_every_field_of_the_sampling_reaches_sglang(self) -> None:
+        """Compared by effect, so that a new field that is forgotten fails here."""
+        plain = Sampling(8)
+        other: dict[str, Any] = {
+            "max_new_tokens": 9,
+            "min_new_tokens": 2,
+            "temperature": 0.5,
+            "top_p": 0.5,
+            "top_k": 5,
+            "min_p": 0.5,
+            "frequency_penalty": 0.5,
+            "presence_penalty": 0.5,
+            "repetition_penalty": 1.5,
+            "seed": 5,
+            "ignore_eos": True,
+            "stop_token_ids": (5,),
+            "logit_bias": ((5, 1.0),),
+            "grammar": Grammar(GrammarKind.REGEX, "a"),
+        }
+        assert other.keys() == {each.name for each in dataclasses.fields(Sampling)}
+        sent = {name: sampling_params(dataclasses.replace(plain, **{name: other[name]}), seeded=True) for name in other}
+        seedless = sampling_params(dataclasses.replace(plain, seed=1), seeded=True)
+        assert [name for name, params in sent.items() if params == seedless] == []
+
 
 class TestCallArguments:
+    def test_log_probabilities_are_asked_for_by_their_number(self) -> None:
+        assert "return_logprob" not in call_arguments(request(), seeded=False)
+        for number in (0, 20):
+            arguments = call_arguments(request(logprobs=number), seeded=False)
+            assert (arguments["return_logprob"], arguments["top_logprobs_num"]) == (True, number)
+
     def test_a_room_names_all_three_bootstrap_parameters(self) -> None:
         arguments = call_arguments(request(room=Room("10.0.0.1", 12345, 99), dp_rank=1), seeded=False)
         assert [arguments[f"bootstrap_{name}"] for name in ("host", "port", "room")] == ["10.0.0.1", 12345, 99]
@@ -461,6 +507,7 @@ class TestCallArguments:
         ({"sampling": Sampling(0)}, "max_new_tokens"),
         ({"sampling": Sampling(1, stop_token_ids=(100,))}, "stop_token_ids"),
         ({"sampling": Sampling(1, seed=2**63)}, "64 bits"),
+        ({"sampling": Sampling(1, logit_bias=((100, 1.0),))}, "logit_bias"),
     ],
 )
 def test_what_would_end_the_scheduler_is_refused(values: dict[str, Any], message: str) -> None:
@@ -480,8 +527,10 @@ def chunk(tokens: list[int], reason: dict[str, Any] | None = None, **meta: Any) 
     return {"output_ids": tokens, "meta_info": {"finish_reason": reason, **meta}}
 
 
-async def outcome(*chunks: dict[str, Any], error: Exception | None = None, aborting: bool = False) -> list[EngineDelta]:
-    live = LiveRequest(ENGINE_ID, prompt_tokens=3)
+async def outcome(
+    *chunks: dict[str, Any], error: Exception | None = None, aborting: bool = False, **request: Any
+) -> list[EngineDelta]:
+    live = LiveRequest(ENGINE_ID, prompt_tokens=3, **request)
     live.aborting = aborting
 
     async def stream() -> AsyncIterator[dict[str, Any]]:
@@ -561,6 +610,89 @@ class TestChunks:
 
     async def test_a_stream_without_an_end_is_an_abort(self) -> None:
         deltas = await outcome(chunk([5]))
+        assert deltas[-1].finish is not None
+        assert deltas[-1].finish.reason is Finish.ABORT
+
+
+def logprobs_of(*tokens: int, top: int = 0) -> dict[str, Any]:
+    """As SGLang cuts them to a chunk: each token at -0.5, and the likeliest from token 10 on."""
+    meta: dict[str, Any] = {"output_token_logprobs": [(-0.5, token, None) for token in tokens]}
+    if top:
+        meta["output_top_logprobs"] = [[(-0.1 * place, 10 + place, None) for place in range(top)] for _ in tokens]
+    return meta
+
+
+class TestLogProbabilities:
+    async def test_each_token_comes_with_its_own(self) -> None:
+        deltas = await outcome(
+            chunk([5, 6], **logprobs_of(5, 6, top=2)),
+            chunk([7], {"type": "length"}, completion_tokens=3, **logprobs_of(7, top=2)),
+            logprobs=True,
+        )
+        found = [each for delta in deltas for each in delta.logprobs]
+        assert [each.token_id for each in found] == tokens_of(deltas) == [5, 6, 7]
+        assert [len(delta.logprobs) for delta in deltas] == [2, 1]
+        assert found[0] == TokenLogprob(5, -0.5, (TopLogprob(10, 0.0), TopLogprob(11, -0.1)))
+
+    async def test_none_of_the_likeliest_where_none_are_asked_for(self) -> None:
+        deltas = await outcome(chunk([5], {"type": "length"}, **logprobs_of(5)), logprobs=True)
+        assert deltas[-1].logprobs == [TokenLogprob(5, -0.5)]
+
+    async def test_none_at_all_where_the_request_asks_for_none(self) -> None:
+        deltas = await outcome(chunk([5], {"type": "length"}))
+        assert list(deltas[-1].logprobs) == []
+
+    async def test_what_a_grammar_keeps_away_is_none_of_the_likeliest(self) -> None:
+        meta = logprobs_of(5)
+        meta["output_top_logprobs"] = [[(0.0, 5, None), (float("-inf"), 6, None), (-3.4e38, 7, None)]]
+        deltas = await outcome(chunk([5], {"type": "length"}, **meta), logprobs=True)
+        assert deltas[-1].logprobs[0].top == (TopLogprob(5, 0.0),)
+
+    async def test_an_abort_repeats_none(self) -> None:
+        deltas = await outcome(
+            chunk([5, 6], **logprobs_of(5, 6)),
+            chunk([6], {"type": "abort", "message": "Aborted"}, completion_tokens=2, **logprobs_of(6)),
+            logprobs=True,
+        )
+        assert [len(delta.logprobs) for delta in deltas] == [2, 0]
+        assert tokens_of(deltas) == [5, 6]
+
+    async def test_an_aborts_tokens_without_any_are_left_out(self) -> None:
+        deltas = await outcome(
+            chunk([5], **logprobs_of(5)),
+            chunk([6], {"type": "abort", "message": "Aborted"}, completion_tokens=2),
+            logprobs=True,
+        )
+        assert tokens_of(deltas) == [5]
+
+    @pytest.mark.parametrize("meta", [{}, logprobs_of(6), logprobs_of(5, 6)])
+    async def test_those_of_other_tokens_are_never_given_out(self, meta: dict[str, Any]) -> None:
+        with pytest.raises(RuntimeError, match="log probabilities"):
+            await outcome(chunk([5], **meta), logprobs=True)
+
+
+class TestGrammarRefusals:
+    """What only the scheduler finds wrong with a grammar."""
+
+    GRAMMAR = Grammar(GrammarKind.EBNF, "root ::= x")
+
+    @pytest.mark.parametrize(
+        ("message", "status"),
+        [
+            ("Failed to compile ebnf grammar: x", 400),
+            ("Grammar preprocessing timed out: req.grammar_key=...", 400),
+            ("Grammar accept_token failed for req 1 with token 2: ...", 500),
+        ],
+    )
+    async def test_names_the_field_also_behind_the_first_tokens(self, message: str, status: int) -> None:
+        abort = {"type": "abort", "message": message, "status_code": status}
+        with pytest.raises(EngineRefusedError) as caught:
+            await outcome(chunk([5]), chunk([], abort, completion_tokens=1), grammar=self.GRAMMAR)
+        assert caught.value.field == "sampling.ebnf"
+
+    async def test_another_abort_of_a_request_with_a_grammar_is_none(self) -> None:
+        abort = {"type": "abort", "message": "Aborted", "status_code": 500}
+        deltas = await outcome(chunk([], abort), grammar=self.GRAMMAR)
         assert deltas[-1].finish is not None
         assert deltas[-1].finish.reason is Finish.ABORT
 
@@ -681,6 +813,28 @@ class TestAborts:
         await anext(second)
         await engine.abort(ENGINE_ID)
         await finish_of(second)
+
+
+class TestGrammars:
+    async def test_a_grammar_is_tried_before_sglang_sees_the_request(self) -> None:
+        fake = FakeSglang()
+        engine = engine_over(fake)
+        tried: list[Grammar] = []
+
+        async def require(grammar: Grammar) -> None:
+            tried.append(grammar)
+            if grammar.source == "bad":
+                raise EngineRefusedError("no", field=grammar.field)
+
+        engine._grammars = SimpleNamespace(require=require)  # pyright: ignore[reportAttributeAccessIssue]
+        bad, good = Grammar(GrammarKind.REGEX, "bad"), Grammar(GrammarKind.REGEX, "good")
+        with pytest.raises(EngineRefusedError) as caught:
+            await anext(engine.generate(request(sampling=Sampling(8, grammar=bad))))
+        assert (caught.value.field, fake.opened) == ("sampling.regex", [])
+        await asyncio.sleep(0)
+        await anext(engine.generate(request(sampling=Sampling(8, grammar=good))))
+        await engine.abort(ENGINE_ID)
+        assert (tried, fake.opened) == ([bad, good], [ENGINE_ID])
 
 
 # Death

@@ -31,6 +31,7 @@ from services.telemetry.otlp import OtlpTarget
 from services.transport import PortTakenError, join_host_port
 from services.worker.engines import sglang_compat as compat
 from services.worker.engines.embedding_batch import EmbeddingBatches
+from services.worker.engines.grammar_trials import GrammarTrials
 from services.worker.engines.kv_events import KvChange
 from services.worker.engines.probe import embedding_probe, generate_probe
 from services.worker.engines.protocol import (
@@ -49,6 +50,7 @@ from services.worker.engines.protocol import (
 )
 from services.worker.engines.sglang_child import run_detokenizer, run_scheduler
 from services.worker.engines.sglang_death import DeathWatch, take_sigquit
+from services.worker.engines.sglang_grammar import marker
 from services.worker.engines.sglang_introspect import engine_info
 from services.worker.engines.sglang_kv_events import SglangKvEvents
 from services.worker.engines.sglang_launch import (
@@ -115,6 +117,7 @@ class SglangEngine:
         self._dead: asyncio.Future[str] | None = None
         self._info: EngineInfo | None = None
         self._tmp_dir: TmpDir | None = None
+        self._grammars: GrammarTrials | None = None
         self._load_reader = ThreadPoolExecutor(1, thread_name_prefix="sglang-loads")
         self._reading: asyncio.Future[Sequence[Any]] | None = None
         self._closing = threading.Lock()
@@ -137,7 +140,7 @@ class SglangEngine:
         try:
             self._sglang = self._build(self._tmp_dir.path)
             self._death.launching = False
-            self._after_launch()
+            self._after_launch(self._tmp_dir.path)
         except Exception as error:
             self._death.launching = False
             self.shutdown()
@@ -167,7 +170,10 @@ class SglangEngine:
 
     def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
         """See the protocol. The request is live from this call on, so an abort can't come too early for it."""
-        live = LiveRequest(request.engine_id, len(request.token_ids))
+        grammar = request.sampling.grammar
+        live = LiveRequest(
+            request.engine_id, len(request.token_ids), logprobs=request.logprobs is not None, grammar=grammar
+        )
         try:
             self._raise_if_dead()
             if request.engine_id in self._live:
@@ -179,6 +185,8 @@ class SglangEngine:
             arguments = call_arguments(request, seeded=self.info().seeded_sampling)
 
             async def open_stream() -> AsyncIterator[Chunk]:
+                if grammar is not None and self._grammars is not None:
+                    await self._grammars.require(grammar)
                 return await self._sglang.async_generate(**arguments)
 
             self._submit(live, open_stream)
@@ -317,6 +325,7 @@ class SglangEngine:
             defaults=default_fields(options),
             forced=forced_fields(options, KvSockets(tmp_dir) if options.tells_kv_events else None),
         )
+        compat.allow_min_new_tokens()
         write_logging_config(str(server_args.log_level), tmp_dir, os.environ)
         entry_points = {
             "run_scheduler_process_func": staticmethod(run_scheduler),
@@ -324,7 +333,7 @@ class SglangEngine:
         }
         return type("HostedEngine", (compat.engine_class(),), entry_points)(server_args=server_args)
 
-    def _after_launch(self) -> None:
+    def _after_launch(self, tmp_dir: Path) -> None:
         sglang = self._sglang
         # Ours, ahead of multiprocessing's own handler, which waits for the children for ever.
         atexit.unregister(sglang.shutdown)
@@ -341,7 +350,10 @@ class SglangEngine:
             max_running_requests=self._max_running_requests(),
             seeds_always=self._options.device == "cpu",
             tells_kv_events=self._options.tells_kv_events,
+            has_grammars=marker(tmp_dir).exists(),
         )
+        if self._info.grammar_backend == "xgrammar":
+            self._grammars = GrammarTrials(tmp_dir, self._info.vocab_size, self._info.eos_token_ids)
 
     def _require_own_bootstrap_server(self) -> None:
         """Raises PortTakenError when somebody else took the port while the engine was being built.

@@ -8,20 +8,30 @@ here ends the launch.
 from __future__ import annotations
 
 import os
+import socket
 from importlib import import_module
 from multiprocessing import parent_process
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from services.worker.engines import sglang_grammar as grammars
+from services.worker.engines.grammar_trials import TrialServer, trial_socket
 
 # SGLang's progress thread for NIXL spins a whole core with its default of 0.
 _NIXL_PROGRESS_DELAY_US = 1000
 # On a CPU the engine takes all there is of it. The host beside it, which answers heartbeats, needs little, but at once.
 _CPU_NICENESS = 5
+_TRIAL_NICENESS = 10
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
-    """SGLang's `run_scheduler_process`, on a CPU with the changes of this module."""
+    """SGLang's `run_scheduler_process` with the changes of this module, on a CPU with all of them."""
     die_with_parent()
     scheduler: Any = import_module("sglang.srt.managers.scheduler")
+    grammars.build_from_models_tokenizer()
+    try_grammars_out(args[0] if args else kwargs["server_args"])
+    count_min_new_tokens_without_tokenizer()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         os.nice(_CPU_NICENESS)
         register_kv_cache_as_host_memory()
@@ -46,6 +56,53 @@ def die_with_parent() -> None:
     parent = parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
+
+
+def try_grammars_out(server_args: Any) -> None:
+    """Fork the process that tries grammars out; the first scheduler of this host does.
+
+    From here, because all modules are loaded and neither a device nor a thread is.
+    """
+    if server_args.grammar_backend not in (None, "xgrammar") or server_args.is_embedding:
+        return
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(trial_socket(Path(os.environ["TMPDIR"]))))
+    except OSError:
+        listener.close()
+        return  # another rank was first
+    listener.listen(64)
+    if os.fork():
+        listener.close()
+        return
+    try:
+        die_with_parent()
+        os.nice(_TRIAL_NICENESS)
+        TrialServer(listener, lambda: grammars.load_tokenizer(server_args)).run()
+    finally:
+        os._exit(1)
+
+
+def count_min_new_tokens_without_tokenizer() -> None:
+    """Let SGLang's `min_new_tokens` work from the ends of sequence that the model's configuration names.
+
+    It asks each request's tokenizer for further ones, and there is none.
+    """
+    penalizer: Any = import_module("sglang.srt.sampling.penaltylib").BatchedMinNewTokensPenalizer
+    prepare = penalizer._prepare  # noqa: SLF001
+    no_tokenizer = SimpleNamespace(eos_token_id=None, additional_stop_token_ids=None)
+
+    def with_stand_in(self: Any) -> None:
+        without = [req for req in self.orchestrator.reqs() if req.tokenizer is None]
+        for req in without:
+            req.tokenizer = no_tokenizer
+        try:
+            prepare(self)
+        finally:
+            for req in without:
+                req.tokenizer = None
+
+    penalizer._prepare = with_stand_in  # noqa: SLF001
 
 
 def register_kv_cache_as_host_memory() -> None:

@@ -168,6 +168,23 @@ def resolved(server_args: Any) -> Mapping[str, Any]:
     return {name: getattr(server_args, name) for name in field_names(type(server_args))}
 
 
+def allow_min_new_tokens() -> None:
+    """Let `min_new_tokens` through in this process: both versions refuse it without a tokenizer of their own.
+
+    The schedulers count it from the model's configuration (`sglang_child`).
+    """
+    module: Any = import_module("sglang.srt.sampling.sampling_params")
+    require = module.raise_if_tokenizer_required
+    if getattr(require, "allows_min_new_tokens", False):
+        return
+
+    def require_for_strings(tokenizer: Any, stop_strs: Any, stop_regex_strs: Any, min_new_tokens: int = 0) -> None:
+        require(tokenizer, stop_strs, stop_regex_strs)
+
+    require_for_strings.allows_min_new_tokens = True  # pyright: ignore[reportFunctionMemberAccess]
+    module.raise_if_tokenizer_required = require_for_strings
+
+
 async def handle_outputs(tokenizer_manager: Any) -> None:
     """SGLang's output loop, which never returns; started here in place of `auto_create_handle_loop`.
 

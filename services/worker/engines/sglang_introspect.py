@@ -21,8 +21,12 @@ def engine_info(
     max_running_requests: int,
     seeds_always: bool,
     tells_kv_events: bool,
+    has_grammars: bool,
 ) -> EngineInfo:
-    """Describe a started `sglang.Engine`. `max_running_requests` is per data-parallel rank."""
+    """Describe a started `sglang.Engine`. `max_running_requests` is per data-parallel rank.
+
+    `has_grammars`: its schedulers have built a grammar backend, of whatever kind.
+    """
     args = resolved(engine.server_args)
     model: Any = engine.tokenizer_manager.model_config
     kv_dtype = kv_cache_dtype(str(args["kv_cache_dtype"]), str(model.dtype))
@@ -50,6 +54,7 @@ def engine_info(
         seeded_sampling=seeds_always or bool(args["enable_deterministic_inference"]),
         tool_call_parser=str(args["tool_call_parser"] or ""),
         reasoning_parser=str(args["reasoning_parser"] or ""),
+        grammar_backend=str(args["grammar_backend"]) if has_grammars else "",
         has_kv_events=tells_kv_events and not args["disable_radix_cache"],
         embedding=embedding_size(model) if args["is_embedding"] else None,
     )

@@ -156,7 +156,6 @@ def default_fields(options: SglangOptions) -> dict[str, Any]:
         return fields
     fields |= {
         "attention_backend": "torch_native",
-        "grammar_backend": "none",
         "dtype": "float32",
         "page_size": 16,
         # 755 MB for SmolLM2-135M in float32.
@@ -183,8 +182,12 @@ def environment(options: SglangOptions, tmp_dir: Path, inherited: Mapping[str, s
         "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
         "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": backstop,
         "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": backstop,
+        # Log probabilities of one distribution, whatever the temperature is: what the contract says.
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
     }
     defaults = {
+        # Polls of 5 ms or one step each: a backstop behind the trial of every grammar.
+        "SGLANG_GRAMMAR_MAX_POLL_ITERATIONS": "2000",
         # SGLang's shortest: a replaced prefill is forgotten after one missed heartbeat.
         "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2.0",
         "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "1",

@@ -7,19 +7,26 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from services.requests import TopLogprob
 from services.worker.engines.protocol import (
     EngineDelta,
     EngineFinish,
     EngineRefusedError,
     EngineRequest,
     Finish,
+    Grammar,
     Sampling,
+    TokenLogprob,
 )
 
 Chunk = Mapping[str, Any]
 
 _SEED_RANGE = range(-(2**63), 2**63)
 _BAD_REQUEST = 400
+# What a token that can't come has for a logarithm, in 32 bits: an infinity that SGLang has made finite.
+_IMPOSSIBLE = -1e30
+# What SGLang's scheduler says of a grammar that it can't use, at the start and on the way.
+_GRAMMAR_FAILURES = ("Failed to compile", "Grammar preprocessing timed out", "Grammar accept_token failed")
 
 
 def check_request(request: EngineRequest, vocab_size: int, *, seeded: bool) -> None:
@@ -35,6 +42,8 @@ def check_request(request: EngineRequest, vocab_size: int, *, seeded: bool) -> N
             raise EngineRefusedError("this engine takes no seed: start it with --enable-deterministic-inference")
         if sampling.seed not in _SEED_RANGE:
             raise EngineRefusedError("seed must fit into 64 bits with a sign")
+    if any(not 0 <= token < vocab_size for token, _ in sampling.logit_bias):
+        raise EngineRefusedError(f"logit_bias has token ids outside [0, {vocab_size})", field="sampling.logit_bias")
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
@@ -63,13 +72,17 @@ def sampling_params(sampling: Sampling, *, seeded: bool) -> dict[str, Any]:
         "ignore_eos": sampling.ignore_eos,
         "stop_token_ids": list(sampling.stop_token_ids),
     }
+    if sampling.logit_bias:
+        params["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    if sampling.grammar is not None:
+        params[sampling.grammar.kind.value] = sampling.grammar.source  # SGLang's names are the wire's
     if seeded:
         params["sampling_seed"] = secrets.randbits(63) if sampling.seed is None else sampling.seed
     return params
 
 
 def _min_new_tokens(sampling: Sampling) -> int:
-    """SGLang refuses a minimum without its tokenizer; where nothing can stop a request early it needs none."""
+    """Where nothing can stop a request early it needs no minimum, whose mask costs a vocabulary of memory."""
     return 0 if sampling.ignore_eos and not sampling.stop_token_ids else sampling.min_new_tokens
 
 
@@ -83,11 +96,31 @@ def call_arguments(request: EngineRequest, *, seeded: bool) -> dict[str, Any]:
         "routed_dp_rank": request.dp_rank,
         "external_trace_header": dict(request.trace_headers) or None,
     }
+    if request.logprobs is not None:
+        arguments["return_logprob"] = True
+        arguments["top_logprobs_num"] = request.logprobs
     if request.room is not None:
         arguments["bootstrap_host"] = request.room.host
         arguments["bootstrap_port"] = request.room.port
         arguments["bootstrap_room"] = request.room.room
     return arguments
+
+
+def token_logprobs(meta: Mapping[str, Any]) -> list[TokenLogprob]:
+    """Of the tokens of one chunk, in their order; without the likeliest ones where none were asked for.
+
+    What can't come at all, for a grammar or a bias keeps it away, is none of the likeliest.
+    """
+    tokens: Sequence[Any] = meta.get("output_token_logprobs") or ()
+    tops: Sequence[Any] = meta.get("output_top_logprobs") or [None] * len(tokens)
+    return [
+        TokenLogprob(
+            int(token_id),
+            float(logprob),
+            tuple(TopLogprob(int(other), float(value)) for value, other, _ in top or () if value > _IMPOSSIBLE),
+        )
+        for (logprob, token_id, _), top in zip(tokens, tops, strict=True)
+    ]
 
 
 class LiveRequest:
@@ -97,13 +130,18 @@ class LiveRequest:
     whether a request may be aborted is the caller's decision.
     """
 
-    def __init__(self, engine_id: str, prompt_tokens: int) -> None:
+    def __init__(
+        self, engine_id: str, prompt_tokens: int, *, logprobs: bool = False, grammar: Grammar | None = None
+    ) -> None:
+        """`logprobs`: each token comes with its own. `grammar` is what a refusal by the scheduler may be about."""
         self.engine_id = engine_id
         self.aborting = False
         self.done = False
         self.embedding: Sequence[float] = ()
         """Of an embedding request that has ended well."""
         self._prompt_tokens = prompt_tokens
+        self._logprobs = logprobs
+        self._grammar = grammar
         self._delivered = 0
         self._output: asyncio.Queue[EngineDelta | Exception] = asyncio.Queue()
 
@@ -154,20 +192,38 @@ class LiveRequest:
         meta: Mapping[str, Any] = chunk["meta_info"]
         tokens: Sequence[int] = chunk.get("output_ids") or ()
         reason: Mapping[str, Any] | None = meta.get("finish_reason")
+        aborted = reason is not None and reason["type"] == "abort"
+        if aborted:
+            # SGLang repeats the last token in the chunk of some aborts.
+            tokens = tokens[: max(0, int(meta.get("completion_tokens", 0)) - self._delivered)]
+        logprobs: Sequence[TokenLogprob] = ()
+        if self._logprobs:
+            logprobs = token_logprobs(meta)
+            if aborted:  # its last tokens may have none
+                tokens = tokens[: len(logprobs)]
+                logprobs = logprobs[: len(tokens)]
+            elif [each.token_id for each in logprobs] != list(tokens):
+                raise RuntimeError(f"SGLang gave {len(tokens)} tokens the log probabilities of others")
         if reason is None:
             if tokens:
                 self._delivered += len(tokens)
-                self._put(EngineDelta(list(tokens)))
+                self._put(EngineDelta(list(tokens), None, logprobs))
             return
-        if reason["type"] == "abort":
-            # SGLang repeats the last token in the chunk of some aborts.
-            tokens = tokens[: max(0, int(meta.get("completion_tokens", 0)) - self._delivered)]
-            if reason.get("status_code") == _BAD_REQUEST and not self._delivered and not tokens:
-                self.fail(EngineRefusedError(str(reason.get("message", "refused by the scheduler"))))
-                return
+        if aborted and (refusal := self._refusal(reason, anything=bool(self._delivered or tokens))) is not None:
+            self.fail(refusal)
+            return
         self._delivered += len(tokens)
         self.embedding = chunk.get("embedding") or ()
-        self._put(EngineDelta(list(tokens), self._finish(reason, meta)))
+        self._put(EngineDelta(list(tokens), self._finish(reason, meta), logprobs))
+
+    def _refusal(self, reason: Mapping[str, Any], *, anything: bool) -> EngineRefusedError | None:
+        """What of an abort is the request's own fault. `anything`: whether tokens have come."""
+        message = str(reason.get("message") or "refused by the scheduler")
+        if self._grammar is not None and message.startswith(_GRAMMAR_FAILURES):
+            return EngineRefusedError(message, field=self._grammar.field)
+        if reason.get("status_code") == _BAD_REQUEST and not anything:
+            return EngineRefusedError(message)
+        return None
 
     def _finish(self, reason: Mapping[str, Any], meta: Mapping[str, Any]) -> EngineFinish:
         kind = Finish(reason["type"])
