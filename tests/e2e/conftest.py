@@ -23,6 +23,7 @@ from services.models.resolve import resolve_model_path
 from services.tools.cluster import LocalCluster
 from services.tools.options import ClusterOptions
 from tests.e2e.reference import NEW_TOKENS, PROMPT_LENGTHS, Reference, make_prompts
+from tests.e2e.sampling_cases import Given, ask_all_cases
 from tests.support.etcd import etcd_endpoint
 from tests.support.kv_view import KvView
 from tests.support.ports import free_port
@@ -48,9 +49,10 @@ class Answers:
 @dataclass(frozen=True)
 class Aggregated:
     """What the aggregated worker answered, and what it told of itself: pages to a subscriber who followed from the
-    beginning and to one who came at the end, and its page of metrics."""
+    beginning and to one who came at the end, and its page of metrics. `sampled` is what grammars and the like gave."""
 
     answers: Answers
+    sampled: dict[str, Given]
     followed: KvView
     at_the_end: KvView
     metrics: str
@@ -115,12 +117,18 @@ async def aggregated(prompts: dict[int, list[int]], tmp_path_factory: pytest.Tem
             async with KvView(record.grpc_endpoint) as at_the_end, httpx.AsyncClient() as http:
                 await eventually(lambda: at_the_end.exact and at_the_end.sequence == followed.sequence)
                 page = await http.get(f"http://{record.system_endpoint}/metrics", timeout=60.0)
-    return Aggregated(answers, followed, at_the_end, page.text)
+        sampled = await ask_all_cases(cluster.grpc_endpoint)
+    return Aggregated(answers, sampled, followed, at_the_end, page.text)
 
 
 @pytest.fixture(scope="session")
 def aggregated_answers(aggregated: Aggregated) -> Answers:
     return aggregated.answers
+
+
+@pytest.fixture(scope="session")
+def sampled_aggregated(aggregated: Aggregated) -> dict[str, Given]:
+    return aggregated.sampled
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

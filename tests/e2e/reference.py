@@ -42,6 +42,18 @@ def pooled_states(model_path: Path, prompts: dict[int, list[int]]) -> dict[int, 
         }
 
 
+def log_probabilities(model_path: Path, prompt: list[int], tokens: list[int]) -> list[list[float]]:
+    """Of the whole vocabulary ahead of each of `tokens`; by transformers in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits: Any = model(torch.tensor([prompt + tokens])).logits[0]
+    rows: Any = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
+    return rows.tolist()
+
+
 @dataclass(frozen=True)
 class Reference:
     """Greedy tokens by prompt length, and the gap between the best two logits at each step."""
