@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
@@ -14,8 +15,8 @@ from starlette.datastructures import Headers
 from services.frontend.edge.errors import HttpError
 from services.frontend.edge.options import EdgeOptions
 
-# The rest of a body that we don't read would otherwise be read as the next request of the connection.
-_CLOSE = {"connection": "close"}
+MAX_JSON_DEPTH = 64
+"""Of lists and objects in each other; what is passed on is written and read again by parsers with limits of theirs."""
 
 
 def json_route(options: EdgeOptions) -> type[APIRoute]:
@@ -26,19 +27,47 @@ def json_route(options: EdgeOptions) -> type[APIRoute]:
             handler = super().get_route_handler()
 
             async def handle(request: Request) -> Response:
-                return await handler(JsonRequest(request, options))
+                memory: BodyMemory = request.app.state.body_memory
+                with memory.share() as share:
+                    return await handler(JsonRequest(request, options, share))
 
             return handle
 
     return JsonRoute
 
 
-class JsonRequest(Request):
-    """A request whose body is JSON of bounded size; anything else raises HttpError with 400, 408, 413 or 415."""
+class BodyMemory:
+    """What the bodies of one app may take together, in bytes; `app.state.body_memory`."""
 
-    def __init__(self, request: Request, options: EdgeOptions) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+
+    @contextmanager
+    def share(self) -> Generator[Callable[[int], None]]:
+        """A function that takes so many bytes more, for one body. Raises HttpError, 503, when there are none left."""
+        mine = 0
+
+        def take(size: int) -> None:
+            nonlocal mine
+            if self._used + size > self._limit:
+                raise HttpError(503, "too_many_bodies", "too many large requests at once", headers={"retry-after": "1"})
+            mine += size
+            self._used += size
+
+        try:
+            yield take
+        finally:
+            self._used -= mine
+
+
+class JsonRequest(Request):
+    """A request whose body is JSON of bounded size; anything else raises HttpError: 400, 408, 413, 415 or 503."""
+
+    def __init__(self, request: Request, options: EdgeOptions, take_memory: Callable[[int], None]) -> None:
         super().__init__(request.scope, request.receive)
         self._options = options
+        self._take_memory = take_memory
         self._bounded_body: bytes | None = None
 
     async def body(self) -> bytes:
@@ -51,17 +80,23 @@ class JsonRequest(Request):
                     self._bounded_body = await self._read(self._options.max_body_bytes)
             except TimeoutError:
                 seconds = self._options.body_timeout_seconds
-                raise HttpError(
-                    408, "body_timeout", f"the request body did not arrive within {seconds:g} s", headers=_CLOSE
-                ) from None
+                message = f"the request body did not arrive within {seconds:g} s"
+                raise HttpError(408, "body_timeout", message, headers={"connection": "close"}) from None
         return self._bounded_body
 
     async def json(self) -> Any:
         """The body's value. NaN, infinities, lone surrogates and trailing content are no JSON."""
+        body = await self.body()
         try:
-            return orjson.loads(await self.body())
+            value = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise HttpError(400, "invalid_json", f"the body is not valid JSON in UTF-8: {error}") from None
+        # Few brackets can't be deep, however long the text or the list of tokens between them is.
+        if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and _is_deeper(value, MAX_JSON_DEPTH):
+            raise HttpError(
+                400, "invalid_json", f"the body has more than {MAX_JSON_DEPTH} lists and objects in each other"
+            )
+        return value
 
     async def _read(self, limit: int) -> bytes:
         chunks: list[bytes] = []
@@ -70,6 +105,7 @@ class JsonRequest(Request):
             size += len(chunk)
             if size > limit:
                 raise _too_large(limit)
+            self._take_memory(len(chunk))
             chunks.append(chunk)
         return b"".join(chunks)
 
@@ -91,5 +127,15 @@ def _check_length(headers: Headers, limit: int) -> None:
         raise _too_large(limit)
 
 
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for children in inside for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 def _too_large(limit: int) -> HttpError:
-    return HttpError(413, "body_too_large", f"the request body is larger than {limit} bytes", headers=_CLOSE)
+    return HttpError(413, "body_too_large", f"the request body is larger than {limit} bytes")
