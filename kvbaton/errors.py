@@ -28,7 +28,14 @@ class Reason(StrEnum):
     INVALID_FIELD = "INVALID_FIELD"
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
     NO_TOKENIZER = "NO_TOKENIZER"
+    API_KEY_MISSING = "API_KEY_MISSING"
+    INVALID_API_KEY = "INVALID_API_KEY"
+    MODEL_NOT_ALLOWED = "MODEL_NOT_ALLOWED"
+    RATE_LIMIT_EXCEEDED = "RATE_LIMIT_EXCEEDED"
+    CONCURRENCY_LIMIT_EXCEEDED = "CONCURRENCY_LIMIT_EXCEEDED"
     DUPLICATE_REQUEST_ID = "DUPLICATE_REQUEST_ID"
+    # gRPC says so itself, and has no details: `RequestError.from_rpc_error` knows it by its words.
+    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
     TOO_MANY_REQUESTS = "TOO_MANY_REQUESTS"
     QUEUE_FULL = "QUEUE_FULL"
     NO_CREDIT = "NO_CREDIT"
@@ -139,7 +146,10 @@ class RequestError(Exception):
     def from_rpc_error(cls, error: grpc.RpcError) -> RequestError:
         """Reads the typed error out of a failed call; `Reason.UNTYPED` when the status carries no ErrorInfo of ours."""
         code, message, details = _status_of(error)
-        return cls._from_details(code, message, details)
+        typed = cls._from_details(code, message, details)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not details and "message larger than max" in message:
+            typed.reason = Reason.MESSAGE_TOO_LARGE
+        return typed
 
     @classmethod
     def from_rpc_status(cls, status: status_pb2.Status) -> RequestError:

@@ -15,6 +15,7 @@ from services.config.report import dump, native_settings, settings_of
 from services.config.worker import WorkerConfig
 from services.models import command as model_command
 from services.modes import MODES, Command, select_mode
+from services.tools import apikey as apikey_command
 from services.tools import generate as generate_command
 from services.tools import status as status_command
 from services.tools import up as up_command
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_frontend(commands)
     _add_worker(commands, "prefill")
     _add_worker(commands, "decode")
-    for command in (up_command, generate_command, status_command, bench_command, model_command):
+    for command in (up_command, generate_command, status_command, bench_command, apikey_command, model_command):
         command.add_arguments(commands)
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not getattr(parsed, "takes_native_args", False):

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from kvbaton.errors import invalid
@@ -179,6 +179,12 @@ class Limits:
     vocab_size: int
     seeded_sampling: bool
     grammar: bool = False
+
+    def capped(self, max_prompt_tokens: int | None) -> Limits:
+        """These, with an operator's limit on prompts."""
+        if max_prompt_tokens is None:
+            return self
+        return replace(self, max_prompt_tokens=min(self.max_prompt_tokens, max_prompt_tokens))
 
     @classmethod
     def smallest(cls, limits: Sequence[Limits]) -> Limits:

@@ -121,12 +121,19 @@ def make_channel(
     return grpc.aio.secure_channel(target, tls.channel_credentials(), options=merged)
 
 
-def make_server(register: Callable[[grpc.aio.Server], Sequence[str]]) -> grpc.aio.Server:
+def make_server(
+    register: Callable[[grpc.aio.Server], Sequence[str]],
+    *,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    options: Sequence[tuple[str, Any]] = (),
+) -> grpc.aio.Server:
     """A server with everything that `register` adds, plus reflection.
 
-    `register` adds servicers and returns the full names of their services, for reflection.
+    `register` adds servicers and returns the full names of their services, for reflection. What `interceptors` raise
+    becomes a typed status, too. `options` go before those of every server.
     """
-    server = grpc.aio.server(interceptors=[TypedErrors()], options=list(_SERVER_OPTIONS))
+    merged = dict(_SERVER_OPTIONS) | dict(options)
+    server = grpc.aio.server(interceptors=[TypedErrors(), *interceptors], options=list(merged.items()))
     names = register(server)
     reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
     return server

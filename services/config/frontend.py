@@ -7,6 +7,7 @@ from typing import Literal
 
 from services.config.common import EtcdFlags, LogFlags, PhaseFlags, TlsFlags, TraceFlags
 from services.config.flags import flag, group
+from services.config.limits import AccessFlags, LimitFlags
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class FrontendConfig:
     embedding_timeout: float = flag(60.0, "seconds that one embedding request may take, with all its attempts")
     drain_timeout: float = flag(30.0, "seconds that live requests have to finish on SIGTERM")
 
+    access: AccessFlags = group(AccessFlags)
+    limits: LimitFlags = group(LimitFlags)
     etcd: EtcdFlags = group(EtcdFlags)
     tls: TlsFlags = group(TlsFlags)
     log: LogFlags = group(LogFlags)

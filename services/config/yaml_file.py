@@ -38,13 +38,11 @@ class ConfigFile:
 
 def read_config_file(path: Path, section: str = "") -> ConfigFile:
     """The mapping under `section` (`a.b.c`) of a YAML file; the whole file when it is empty. Raises ConfigError."""
-    import yaml
-
     try:
-        content = yaml.load(path.read_text("utf-8"), Loader=_loader())
+        content = parse_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"--config {path}: not YAML: {error}") from error
     values = _section(content, path, section)
     normalized: dict[str, Any] = {}
@@ -54,6 +52,16 @@ def read_config_file(path: Path, section: str = "") -> ConfigFile:
             raise ConfigError(f"{path}: {key} stands there twice, with dashes and with underscores")
         normalized[key] = value
     return ConfigFile(path, section, normalized)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of one document; equal keys in a mapping are refused. Raises ValueError."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def _section(content: Any, path: Path, section: str) -> Mapping[Any, Any]:

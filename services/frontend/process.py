@@ -42,6 +42,8 @@ async def _serve(config: FrontendConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with Frontend(config) as frontend:
+        if config.access.api_keys is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, frontend.reload_keys)
         await stop.wait()
         stop.clear()
         draining = asyncio.create_task(frontend.drain())

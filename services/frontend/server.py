@@ -7,7 +7,7 @@ import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc.aio
 import structlog
@@ -23,22 +23,29 @@ from kvbaton.v1 import (
     model_pb2_grpc,
 )
 from services.config.frontend import FrontendConfig
+from services.config.limits import LimitFlags
+from services.frontend.access.guarded import GuardedEmbedding, GuardedGeneration
+from services.frontend.access.reload import KeyFile
 from services.frontend.dispatch.pair_checks import PairChecks
 from services.frontend.dispatch.queue import DispatchQueue
 from services.frontend.edge.app import create_app
-from services.frontend.embedding.service import EmbeddingService
+from services.frontend.edge.options import EdgeOptions
+from services.frontend.embedding.service import Embedding, EmbeddingService
+from services.frontend.request.api import Generation
 from services.frontend.router.embedding import EmbeddingRouter
 from services.frontend.router.placement import Router
 from services.frontend.router.worker_set import WorkerSet
 from services.frontend.service import GenerationService
 from services.frontend.servicers.embed import EmbedServicer
+from services.frontend.servicers.gate import RpcGate
 from services.frontend.servicers.generate import GenerateServicer
 from services.frontend.servicers.health import HealthServicer
 from services.frontend.servicers.model import ModelServicer
 from services.frontend.text_models import TextModels
 from services.grpc_health import SERVICE_NAME as GRPC_HEALTH_NAME
 from services.grpc_health import GrpcHealth
-from services.http_server import HttpServer
+from services.http_protocol import ConnectionLimits
+from services.http_server import HttpServer, allow_open_files
 from services.registry.etcd import EtcdClient
 from services.registry.watcher import RegistryWatcher
 from services.telemetry.metrics import watch_event_loop
@@ -53,6 +60,9 @@ SERVICE_NAMES = (
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
 
+# Beside HTTP connections: gRPC clients, workers, etcd, logs.
+_OTHER_FILES = 4096
+
 
 class Frontend:
     """Use it as an async context manager: it listens inside, and is gone after. `drain` before leaving.
@@ -64,6 +74,7 @@ class Frontend:
         self._config = config
         self._stack = contextlib.AsyncExitStack()
         self._health: _Health | None = None
+        self._key_file: KeyFile | None = None
         self.grpc_port = 0
         self.http_port = 0
 
@@ -93,6 +104,11 @@ class Frontend:
         self.generation.shut_down()
         self.embedding.shut_down()
 
+    def reload_keys(self) -> None:
+        """Reads the file of --api-keys again, soon."""
+        if self._key_file is not None:
+            self._key_file.reload()
+
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         config = self._config
         watch_event_loop(asyncio.get_running_loop())
@@ -113,14 +129,25 @@ class Frontend:
         self.workers.on_change(self.embedding.workers_changed)
         self._health = health = _Health(self.generation)
         self.workers.on_change(self._health_changed)
+        generation, embedding, interceptors, gate = self.generation, self.embedding, [], None
+        if config.access.api_keys is not None:
+            self._key_file = await stack.enter_async_context(KeyFile(config.access.api_keys))
+            gate = self._key_file.gate
+            generation = GuardedGeneration(self.generation)
+            embedding = GuardedEmbedding(self.embedding, self.generation)
+            interceptors = [RpcGate(gate)]
         server = make_server(
-            lambda server: _register(server, self.generation, self.embedding, self.workers, health.grpc_health)
+            lambda server: self._register(server, generation, embedding, health.grpc_health),
+            interceptors=interceptors,
+            options=_grpc_options(config.limits),
         )
         tls = config.tls.server()
         self.grpc_port = bind(server, config.host, config.port, tls=tls)
-        app = create_app(self.generation, self.embedding)
+        app = create_app(generation, embedding, options=_edge_options(config.limits), gate=gate)
+        limits = _connection_limits(config.limits)
+        allow_open_files(limits.max_connections + _OTHER_FILES)
         http = await stack.enter_async_context(
-            HttpServer(app, host=config.host, port=config.http_port, flag="--http-port", tls=tls)
+            HttpServer(app, host=config.host, port=config.http_port, flag="--http-port", tls=tls, limits=limits)
         )
         self.http_port = http.port
         await stack.enter_async_context(health)
@@ -131,6 +158,19 @@ class Frontend:
             grpc=join_host_port(config.host, self.grpc_port),
             http=join_host_port(config.host, self.http_port),
         )
+
+    def _register(
+        self, server: grpc.aio.Server, generation: Generation, embedding: Embedding, health: GrpcHealth
+    ) -> tuple[str, ...]:
+        """`generation` and `embedding` as clients see them; health is about the service as it is."""
+        health.register(server)
+        generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(generation), server)
+        embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedServicer(embedding), server)
+        health_pb2_grpc.add_HealthServiceServicer_to_server(
+            HealthServicer(self.generation, self.embedding, self.workers), server
+        )
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(generation), server)
+        return (*SERVICE_NAMES, GRPC_HEALTH_NAME)
 
     def _health_changed(self) -> None:
         if self._health is not None:
@@ -167,19 +207,30 @@ class _Health:
             await self.grpc_health.set_serving(serving)
 
 
-def _register(
-    server: grpc.aio.Server,
-    generation: GenerationService,
-    embedding: EmbeddingService,
-    workers: WorkerSet,
-    health: GrpcHealth,
-) -> tuple[str, ...]:
-    health.register(server)
-    generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(generation), server)
-    embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedServicer(embedding), server)
-    health_pb2_grpc.add_HealthServiceServicer_to_server(HealthServicer(generation, embedding, workers), server)
-    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(generation), server)
-    return (*SERVICE_NAMES, GRPC_HEALTH_NAME)
+def _edge_options(limits: LimitFlags) -> EdgeOptions:
+    return EdgeOptions(
+        max_body_bytes=limits.max_body_bytes,
+        max_bodies_bytes=limits.max_bodies_bytes,
+        body_timeout_seconds=limits.body_timeout,
+        write_timeout_seconds=limits.write_timeout,
+    )
+
+
+def _connection_limits(limits: LimitFlags) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_connections=limits.max_connections,
+        max_header_bytes=limits.max_header_bytes,
+        header_timeout=limits.header_timeout,
+        write_timeout=limits.write_timeout,
+        keep_alive_timeout=limits.keep_alive_timeout,
+    )
+
+
+def _grpc_options(limits: LimitFlags) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", limits.max_body_bytes),
+        ("grpc.server_handshake_timeout_ms", int(limits.header_timeout * 1000)),
+    ]
 
 
 def cache_folder() -> Path:

@@ -44,6 +44,9 @@ EMBEDDING_SECONDS = Histogram(
     "kvbaton_embedding_seconds", "Received until all vectors were there.", ["model"], buckets=_SECONDS
 )
 
+# Frontend: requests that the gate of --api-keys kept out. Key: the name of its entry, empty for one that has none.
+ACCESS_REFUSALS = Counter("kvbaton_refused_by_access", "Requests that their API key did not allow.", ["key", "reason"])
+
 EVENT_LOOP_TASKS = Gauge("kvbaton_event_loop_tasks", "Tasks of the process's event loop; flat when nothing leaks.")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from services.frontend.access.gate import Gate
 from services.frontend.edge import errors
+from services.frontend.edge.body import BodyMemory
+from services.frontend.edge.gate import HttpGate
 from services.frontend.edge.options import EdgeOptions
 from services.frontend.edge.routes import embeddings as embedding_routes
 from services.frontend.edge.routes import generation as generation_routes
@@ -20,9 +24,13 @@ def create_app(
     embedding: Embedding,
     *,
     options: EdgeOptions | None = None,
+    gate: Gate | None = None,
     registry: CollectorRegistry = REGISTRY,
 ) -> FastAPI:
-    """The ASGI application over one frontend's service; it needs no lifespan events. /metrics shows `registry`."""
+    """The ASGI application over one frontend's service; it needs no lifespan events.
+
+    With a `gate` every route but the system's needs an API key. /metrics shows `registry`.
+    """
     app = FastAPI(
         title="Baton, OpenAI-compatible API",
         version="1",
@@ -36,8 +44,14 @@ def create_app(
     )
     errors.install(app)
     options = options or EdgeOptions()
-    app.include_router(generation_routes.router(generation, options))
-    app.include_router(embedding_routes.router(embedding, options))
-    app.include_router(model_routes.router(generation))
+    app.state.body_memory = BodyMemory(options.max_bodies_bytes)
+    keyed = []
+    if gate is not None:
+        app.add_middleware(HttpGate, gate=gate)
+        # For the OpenAPI document alone: it checks nothing, and would come after the body.
+        keyed.append(Depends(HTTPBearer(auto_error=False, description="An API key of this frontend.")))
+    app.include_router(generation_routes.router(generation, options), dependencies=keyed)
+    app.include_router(embedding_routes.router(embedding, options), dependencies=keyed)
+    app.include_router(model_routes.router(generation), dependencies=keyed)
     app.include_router(system_routes.router(generation, registry))
     return app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -88,6 +89,20 @@ def error_body(error: RequestError) -> ErrorBody:
     return _body(status_of(error), error.reason.lower(), error.message, error.field or None)
 
 
+def error_response(error: RequestError, more_headers: Mapping[str, str] = MappingProxyType({})) -> Response:
+    """The whole answer of a typed error, with when to come back where that is known."""
+    status = status_of(error)
+    headers = dict(more_headers)
+    if error.request_id:
+        headers["x-request-id"] = error.request_id
+    retry_after = error.retry_after if error.retry_after is not None else _DEFAULT_RETRY_SECONDS.get(status)
+    if retry_after is not None:
+        headers["retry-after"] = str(math.ceil(retry_after))
+        # Read by the OpenAI SDK before the header in whole seconds.
+        headers["retry-after-ms"] = str(math.ceil(retry_after * 1000))
+    return json_response(error_body(error), status=status, headers=headers)
+
+
 def internal_error(message: str) -> RequestError:
     """A failure that is our own fault, without its details."""
     return RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, message)
@@ -101,16 +116,7 @@ def _body(status: int, code: str, message: str, param: str | None = None) -> Err
 
 async def _on_request_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    status = status_of(error)
-    headers: dict[str, str] = {}
-    if error.request_id:
-        headers["x-request-id"] = error.request_id
-    retry_after = error.retry_after if error.retry_after is not None else _DEFAULT_RETRY_SECONDS.get(status)
-    if retry_after is not None:
-        headers["retry-after"] = str(math.ceil(retry_after))
-        # Read by the OpenAI SDK before the header in whole seconds.
-        headers["retry-after-ms"] = str(math.ceil(retry_after * 1000))
-    return json_response(error_body(error), status=status, headers=headers)
+    return error_response(error)
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> Response:

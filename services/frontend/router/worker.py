@@ -58,7 +58,7 @@ class Worker:
     ) -> None:
         self.record = record
         self.role = Role.from_proto(record.role)
-        self.limits = Limits.from_runtime(record.runtime)
+        self.limits = Limits.from_runtime(record.runtime).capped(config.limits.max_prompt_tokens)
         self.registered = True
         self._live_requests = 0
         self._idle = asyncio.Event()

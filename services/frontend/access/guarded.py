@@ -1,0 +1,74 @@
+"""The frontend's services as the owner of a key sees them: its models, and its own requests to abort."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvbaton.v1 import embed_pb2, generate_pb2, model_pb2
+from services.frontend.access.gate import current_admission, require_model
+from services.frontend.embedding.service import Embedding
+from services.frontend.request.api import Generation, LiveRequest
+from services.modes import EMBED, GENERATE
+from services.telemetry.tracing import NO_HEADERS
+
+
+class GuardedGeneration:
+    """Implements `Generation`. Where no key was asked for (health checks) it is the inner one."""
+
+    def __init__(self, inner: Generation) -> None:
+        self._inner = inner
+        # Who sent each request that lives, by its id.
+        self._owners: dict[str, str] = {}
+
+    @property
+    def draining(self) -> bool:
+        """See `Generation`."""
+        return self._inner.draining
+
+    def models(self) -> list[model_pb2.ModelInfo]:
+        """Those that the caller may use."""
+        admission, models = current_admission(), self._inner.models()
+        if admission is None:
+            return models
+        return [info for info in models if admission.caller.may_use(info.model.name)]
+
+    async def submit(
+        self, request: generate_pb2.GenerateRequest, trace_headers: Mapping[str, str] = NO_HEADERS
+    ) -> LiveRequest:
+        """As `Generation`; PERMISSION_DENIED for a model that the caller may not use."""
+        require_model(request.model, _served(self._inner, GENERATE))
+        # Also before it is accepted: it can be aborted while its prompt is being tokenized.
+        self._belongs(request.request_id)
+        live = await self._inner.submit(request, trace_headers)
+        self._belongs(live.request_id)
+        return live
+
+    def abort(self, request_id: str) -> bool:
+        """As `Generation`; a request that lives under another key isn't there."""
+        admission, owner = current_admission(), self._owners.get(request_id)
+        if admission is not None and owner not in (None, admission.caller.name):
+            return False
+        return self._inner.abort(request_id)
+
+    def _belongs(self, request_id: str) -> None:
+        admission = current_admission()
+        if admission is not None and request_id and request_id not in self._owners:
+            self._owners[request_id] = admission.caller.name
+            admission.at_end.callback(self._owners.pop, request_id, None)
+
+
+class GuardedEmbedding:
+    """Implements `Embedding`; `generation` says which models there are."""
+
+    def __init__(self, inner: Embedding, generation: Generation) -> None:
+        self._inner = inner
+        self._generation = generation
+
+    async def embed(self, request: embed_pb2.EmbedRequest) -> embed_pb2.EmbedResponse:
+        """As `Embedding`; PERMISSION_DENIED for a model that the caller may not use."""
+        require_model(request.model, _served(self._generation, EMBED))
+        return await self._inner.embed(request)
+
+
+def _served(generation: Generation, rpc: str) -> list[str]:
+    return [info.model.name for info in generation.models() if rpc in info.rpcs]
