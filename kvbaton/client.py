@@ -81,7 +81,7 @@ class Client:
     """One connection; use it as an async context manager.
 
     `timeout` is the deadline in seconds of a whole generation, `call_timeout` that of every other call. With `ca`,
-    `cert` and `key` (PEM files) the connection is TLS or mTLS.
+    `cert` and `key` (PEM files) the connection is TLS or mTLS. `api_key` goes with every call.
     """
 
     def __init__(
@@ -93,13 +93,16 @@ class Client:
         ca: Path | None = None,
         cert: Path | None = None,
         key: Path | None = None,
+        api_key: str = "",
     ) -> None:
         if ca is None and cert is None:
             self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
         else:
             files = [path.read_bytes() if path is not None else None for path in (ca, key, cert)]
             self._channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(*files), options=_OPTIONS)
-        self._timeout, self._call_timeout = timeout, call_timeout
+        self._timeout = timeout
+        self._metadata = bearer(api_key)
+        self._call: dict[str, Any] = {"timeout": call_timeout, "metadata": self._metadata}
         self._generate = generate_pb2_grpc.GenerateServiceStub(self._channel)
         self._embed = embed_pb2_grpc.EmbedServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthServiceStub(self._channel)
@@ -137,7 +140,7 @@ class Client:
             request.sampling.CopyFrom(sampling)
         if bootstrap is not None:
             request.bootstrap.CopyFrom(bootstrap)
-        metadata = tuple((trace_headers or {}).items())
+        metadata = (*self._metadata, *(trace_headers or {}).items())
         call = self._generate.Generate(request, timeout=timeout or self._timeout, metadata=metadata)
         try:
             async for response in call:
@@ -199,31 +202,38 @@ class Client:
             truncate=truncate,
             dimensions=dimensions,
         )
-        return Embeddings(await _typed(self._embed.Embed(request, timeout=timeout or self._timeout)))
+        return Embeddings(
+            await _typed(self._embed.Embed(request, timeout=timeout or self._timeout, metadata=self._metadata))
+        )
 
     async def abort(self, request_id: str) -> bool:
         """Aborts a live request; False when there was none by that id."""
         request = generate_pb2.AbortRequest(request_id=request_id)
-        return (await _typed(self._generate.Abort(request, timeout=self._call_timeout))).found
+        return (await _typed(self._generate.Abort(request, **self._call))).found
 
     async def list_models(self) -> list[model_pb2.ModelInfo]:
         """Every model that the process serves."""
-        reply = await _typed(self._models.ListModels(model_pb2.ListModelsRequest(), timeout=self._call_timeout))
+        reply = await _typed(self._models.ListModels(model_pb2.ListModelsRequest(), **self._call))
         return list(reply.models)
 
     async def model_info(self, model: str = "") -> model_pb2.ModelInfo:
         """One model; an empty name means the only one."""
         request = model_pb2.GetModelInfoRequest(model=model)
-        return (await _typed(self._models.GetModelInfo(request, timeout=self._call_timeout))).info
+        return (await _typed(self._models.GetModelInfo(request, **self._call))).info
 
     async def status(self) -> health_pb2.StatusResponse:
         """State, load and, from a frontend, every worker that it knows."""
-        return await _typed(self._health.Status(health_pb2.StatusRequest(), timeout=self._call_timeout))
+        return await _typed(self._health.Status(health_pb2.StatusRequest(), **self._call))
 
     async def probe(self, *, timeout: float = 60.0) -> float:
         """A real one-token generation; returns its seconds."""
-        reply = await _typed(self._health.Probe(health_pb2.ProbeRequest(), timeout=timeout))
+        reply = await _typed(self._health.Probe(health_pb2.ProbeRequest(), timeout=timeout, metadata=self._metadata))
         return reply.elapsed.ToNanoseconds() / 1e9
+
+
+def bearer(api_key: str) -> tuple[tuple[str, str], ...]:
+    """The metadata of a call with this API key; none without one."""
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
 def _request(text: str | None, chat: Messages | None, token_ids: Iterable[int] | None) -> GenerateRequest:

@@ -17,6 +17,7 @@ class ClientFlags:
     tls_ca: Path | None = flag(None, "authority of the servers' certificates (PEM); switches TLS on")
     tls_cert: Path | None = flag(None, "certificate of this client (PEM), for mTLS")
     tls_key: Path | None = flag(None, "its key (PEM)")
+    api_key: str = flag("", "API key, where the frontend asks for one; others can see flags, but not variables")
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -32,6 +33,8 @@ class ClientFlags:
                 ca=self.tls_ca,
                 cert=self.tls_cert,
                 key=self.tls_key,
+                # A worker is asked for its status, too, and has no business with it.
+                api_key=self.api_key if endpoint in ("", self.endpoint) else "",
             )
         except OSError as error:
             raise ConfigError(f"TLS files: {error}") from error

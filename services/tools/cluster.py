@@ -8,7 +8,6 @@ async with LocalCluster(ClusterOptions(device="cpu")) as cluster:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import sys
@@ -20,7 +19,9 @@ from typing import Self
 import grpc
 import grpc.aio
 
+from kvbaton.client import bearer
 from kvbaton.v1 import health_pb2, health_pb2_grpc, worker_pb2
+from services.config.errors import ConfigError
 from services.models import smollm2
 from services.models.store import Manifest, models_root
 from services.registry.local import LocalEtcd
@@ -287,10 +288,14 @@ class LocalCluster:
         target = self.endpoint(name)
         if target not in self._channels:
             self._channels[target] = make_channel(target)
-        with contextlib.suppress(grpc.aio.AioRpcError):
+        metadata = bearer(self.options.api_key) if name == FRONTEND else ()
+        try:
             stub = health_pb2_grpc.HealthServiceStub(self._channels[target])
-            return await stub.Status(health_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT)
-        return None
+            return await stub.Status(health_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise ConfigError(f"--api-key: the frontend says: {error.details()}") from error
+            return None
 
     def _host(self, name: str) -> str:
         return reachable_host(self.options.host if name == FRONTEND else self.options.worker_host)

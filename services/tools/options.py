@@ -32,6 +32,7 @@ class ClusterOptions:
     etcd_endpoints: str = flag("", "a running etcd, host:port; when not given one is started")
     namespace: str = flag("default", "workers and frontends of one namespace see each other")
     state_dir: Path | None = flag(None, "folder for logs; when not given a new one under $XDG_STATE_HOME/kvbaton")
+    api_key: str = flag("", "for this command's own questions, where KVBATON_API_KEYS makes the frontend ask for one")
     ready_timeout: float = flag(300.0, "seconds until the cluster must be ready")
     stop_timeout: float = flag(45.0, "seconds that the frontend, and then the workers, have to end on Ctrl-C")
 

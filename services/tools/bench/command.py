@@ -90,7 +90,7 @@ async def bench(flags: BenchFlags, stop: asyncio.Event) -> Report | None:
         channels = [make_channel(flags.client.endpoint, tls=flags.tls()) for _ in range(flags.channels)]
         for channel in channels:
             stack.push_async_callback(channel.close)
-        sender = Sender(channels, flags.timeout, CancelTimes(flags.cancel_window))
+        sender = Sender(channels, flags.timeout, CancelTimes(flags.cancel_window), flags.client.api_key)
         workload = _workload(flags, model, texts, run)
         warmed = await _unless(stop, warm_up(flags, workload, sender))
         if warmed is None:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from kvbaton.client import bearer
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
 from services.tools.bench.options import Range
@@ -42,7 +43,10 @@ class CancelTimes:
 class Sender:
     """Sends requests over several channels in turn. `timeout` in seconds."""
 
-    def __init__(self, channels: Sequence[grpc.aio.Channel], timeout: float, cancel_times: CancelTimes) -> None:
+    def __init__(
+        self, channels: Sequence[grpc.aio.Channel], timeout: float, cancel_times: CancelTimes, api_key: str = ""
+    ) -> None:
+        self._metadata = bearer(api_key)
         self._stubs = [generate_pb2_grpc.GenerateServiceStub(channel) for channel in channels]
         self._timeout = timeout
         self._cancel_times = cancel_times
@@ -56,7 +60,7 @@ class Sender:
         sent = perf_counter()
         sample = Sample(planned.index, sent if start is None else start, sent)
         # The stubs declare the synchronous call type.
-        call: Any = stub.Generate(planned.message, timeout=self._timeout)
+        call: Any = stub.Generate(planned.message, timeout=self._timeout, metadata=self._metadata)
         timer = None
         if planned.cancel_at is not None:
             sample.cancel_planned = True
