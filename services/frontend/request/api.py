@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from kvbaton.v1 import generate_pb2, model_pb2
+from kvbaton.v1 import generate_pb2, model_pb2, text_pb2
 from services.requests import TokenLogprob
 from services.telemetry.tracing import NO_HEADERS
 
@@ -84,6 +84,11 @@ class LiveRequest(Protocol):
         """The caller's id, or the one made up for it."""
         ...
 
+    @property
+    def prompt_tokens(self) -> int:
+        """The length of the prompt."""
+        ...
+
     def outputs(self) -> AsyncIterator[Output]:
         """Ends after the last choice's output with `finished`, or raises RequestError once.
 
@@ -110,6 +115,14 @@ class Generation(Protocol):
 
         `trace_headers` are the client's W3C trace context.
         """
+        ...
+
+    async def tokenize(self, request: text_pb2.TokenizeRequest) -> text_pb2.TokenizeResponse:
+        """The tokens of a prompt, as `submit` makes them. Raises RequestError."""
+        ...
+
+    async def detokenize(self, request: text_pb2.DetokenizeRequest) -> text_pb2.DetokenizeResponse:
+        """The text of tokens. Raises RequestError."""
         ...
 
     def abort(self, request_id: str) -> bool:

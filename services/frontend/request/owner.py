@@ -95,6 +95,11 @@ class RequestOwner:
         return self._prepared.request_id
 
     @property
+    def prompt_tokens(self) -> int:
+        """See `LiveRequest`."""
+        return len(self._prepared.token_ids)
+
+    @property
     def model(self) -> str:
         """The model's served name."""
         return self._prepared.model
