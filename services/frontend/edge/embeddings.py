@@ -14,8 +14,8 @@ from typing_extensions import TypedDict
 from kvbaton.errors import RequestError
 from kvbaton.v1 import embed_pb2, generate_pb2
 from services.embedding_requests import MAX_INPUTS
-from services.frontend.edge.schemas import Body, TokenId, token_ids
-from services.frontend.edge.translate import renamed
+from services.frontend.edge.calls import renamed
+from services.frontend.edge.values import Body, Handling, TokenIdList, token_ids
 
 EncodingFormat = Literal["float", "base64"]
 
@@ -44,7 +44,13 @@ def _inputs(value: object) -> str | list[str] | list[int] | list[list[int]]:
 
 Inputs = Annotated[
     str | list[str] | list[int] | list[list[int]],
-    PlainValidator(_inputs, json_schema_input_type=str | list[str] | list[TokenId] | list[list[TokenId]]),
+    PlainValidator(
+        _inputs,
+        json_schema_input_type=str
+        | TokenIdList
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[TokenIdList], Field(min_length=1, max_length=MAX_INPUTS)],
+    ),
 ]
 
 
@@ -55,12 +61,12 @@ class EmbeddingsRequest(Body):
     """A name that /v1/models reports."""
     input: Inputs
     """One text or list of token ids, or a list of either."""
-    encoding_format: EncodingFormat | None = None
+    encoding_format: Annotated[EncodingFormat | None, Handling.EMULATED] = None
     """How vectors are written: `float`, the default, or `base64` of little-endian float32."""
     dimensions: Annotated[int, Field(ge=1, lt=1 << 32)] | None = None
     """Numbers in each vector. Only for models that were trained for it."""
-    user: str | None = None
-    """Accepted for compatibility; has no effect."""
+    user: Annotated[str | None, Handling.NO_EFFECT] = None
+    """Nobody is watched."""
 
     truncate: bool | None = None
     """Extension: cut the end off an input that is longer than the model takes. Default: refuse it."""

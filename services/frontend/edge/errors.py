@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from typing_extensions import TypedDict
 
 from kvbaton.errors import Reason, RequestError
-from services.frontend.edge.responses import json_response
+from services.frontend.edge.values import IN_FIELD
+from services.frontend.edge.wire import json_response
 
 MAX_REPORTED_FIELDS = 8
 
@@ -145,17 +146,24 @@ async def _on_bug(_request: Request, _error: Exception) -> Response:
 
 def _invalid_fields(problems: Sequence[Any]) -> ErrorBody:
     """Names every field at fault in the message, the first one in `param`."""
-    named = [(_param(problem["loc"]), _complaint(problem)) for problem in problems[:MAX_REPORTED_FIELDS]]
+    named = [(_param(problem), _complaint(problem)) for problem in problems[:MAX_REPORTED_FIELDS]]
     message = "; ".join(f"{param}: {complaint}" if param else complaint for param, complaint in named)
     code = "unsupported_field" if problems[0]["type"] == "extra_forbidden" else Reason.INVALID_FIELD.lower()
     return _body(400, code, message, named[0][0])
 
 
-def _param(location: Sequence[str | int]) -> str | None:
-    """`messages[0].content` for ("body", "messages", 0, "content"); None for the body as a whole."""
+def _param(problem: Mapping[str, Any]) -> str | None:
+    """`messages[0].content` for ("body", "messages", 0, "<user>", "content"); None for the body as a whole."""
+    location: list[str | int] = [*problem["loc"][1:]]
+    if problem["type"] == IN_FIELD and isinstance(problem["input"], dict):
+        location.append(problem["ctx"]["field"])
     path = ""
-    for step in location[1:]:
-        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        # In angle brackets stands the variant of a union, see values.told_by; "[key]" is pydantic's word for a key.
+        elif not step.startswith(("<", "[")):
+            path += f".{step}"
     return path.removeprefix(".") or None
 
 
@@ -163,6 +171,8 @@ def _complaint(problem: Mapping[str, Any]) -> str:
     if len(problem["loc"]) == 1:
         return "the body must be a JSON object"
     match problem["type"]:
+        case kind if kind == IN_FIELD and not isinstance(problem["input"], dict):
+            return "must be an object"
         case "extra_forbidden":
             return "not supported"
         case "missing":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.frontend.edge import EdgeOptions, schemas
+from services.frontend.edge import EdgeOptions, values
 from tests.unit.edge.fakes import ScriptedGeneration
 from tests.unit.edge.harness import (
     BODIES,
@@ -61,12 +61,33 @@ ON_BOTH: list[tuple[str, object]] = [
     ("stream_options", {"include_usage": True}),
     ("stream_options", True),
     ("user", 5),
-    ("n", 2),
+    ("n", 0),
+    ("n", 129),
     ("n", True),
     ("n", "1"),
-    ("logit_bias", {"50256": -100}),
-    ("logprobs", True),
-    ("logprobs", 5),
+    ("logit_bias", []),
+    ("logit_bias", {str(token): 0 for token in range(1025)}),
+    ("logit_bias", {"4294967296": 1}),
+    ("logprobs", "5"),
+    ("temperature", -0.1),
+    ("top_p", 0),
+    ("top_p", 1.1),
+    ("top_k", -2),
+    ("min_p", 1.1),
+    ("min_tokens", -1),
+    ("max_tokens", 0),
+    ("seed", -1),
+    ("frequency_penalty", 2.1),
+    ("presence_penalty", -2.1),
+    ("repetition_penalty", 0),
+    ("stop_token_ids", {}),
+    ("regex", ""),
+    ("ebnf", 5),
+    ("response_format", "json"),
+    ("response_format", []),
+    # Other names of what is supported.
+    ("guided_regex", "a"),
+    ("structured_outputs", {}),
     # Fields that other servers take, and one that nobody does.
     ("guided_json", {}),
     ("lora_path", "x"),
@@ -79,8 +100,9 @@ ON_COMPLETIONS: list[tuple[str, object]] = [
     ("prompt", {}),
     ("prompt", []),
     ("prompt", [[]]),
-    ("prompt", ["a", "b"]),
-    ("prompt", [[1], [2]]),
+    ("prompt", ["a"] * 129),
+    ("prompt", [[1], []]),
+    ("prompt", [[1], 2]),
     ("prompt", ["a", 1]),
     ("prompt", [1, "a"]),
     ("prompt", [1.0]),
@@ -89,10 +111,14 @@ ON_COMPLETIONS: list[tuple[str, object]] = [
     ("prompt", [2**32]),
     ("prompt", [[1, "a"]]),
     ("prompt", [None]),
-    ("echo", True),
+    ("echo", "yes"),
     ("best_of", 2),
     ("suffix", "end"),
-    ("logprobs", 0),
+    ("logprobs", -1),
+    ("logprobs", 21),
+    ("logprobs", True),
+    ("json_schema", {"type": "object"}),
+    ("tools", []),
     ("max_completion_tokens", 5),
     ("messages", []),
 ]
@@ -102,17 +128,33 @@ ON_CHAT: list[tuple[str, object]] = [
     ("messages", "Hi"),
     ("messages", {}),
     ("max_completion_tokens", "5"),
+    ("logprobs", 5),
     ("top_logprobs", 2),
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("top_logprobs", 21),
+    ("tools", {}),
+    ("tools", [{"type": "function", "function": {"name": "f"}}] * 129),
     ("tool_choice", "auto"),
     ("tool_choice", "required"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+    ("parallel_tool_calls", "no"),
+    ("function_call", "auto"),
+    ("function_call", {"name": "f"}),
+    ("audio", {"format": "wav", "voice": "x"}),
+    ("prediction", {"type": "content", "content": "x"}),
+    ("prompt_cache_retention", "24h"),
+    ("service_tier", "flex"),
+    ("verbosity", "high"),
+    ("web_search_options", {}),
+    ("reasoning_effort", "extreme"),
+    ("reasoning_effort", 0.5),
+    ("chat_template_kwargs", []),
+    ("json_schema", "{}"),
+    ("metadata", {str(key): "b" for key in range(17)}),
+    ("continue_final_message", True),
     ("functions", [{}]),
-    ("response_format", {"type": "json_object"}),
     ("modalities", ["text", "audio"]),
     ("audio", {}),
-    ("reasoning_effort", "high"),
     ("store", True),
-    ("metadata", {"a": "b"}),
     ("prompt", "x"),
 ]
 CASES = (
@@ -136,7 +178,9 @@ async def test_a_bad_field_is_refused_by_name(route: str, name: str, value: obje
     [
         ({"content": "Hi"}, "messages[1].role"),
         ({"role": "wizard", "content": "Hi"}, "messages[1].role"),
-        ({"role": "tool", "content": "Hi", "tool_call_id": "1"}, "messages[1].role"),
+        ({"role": "function", "content": "Hi", "name": "f"}, "messages[1].role"),
+        ({"role": "tool", "content": "Hi"}, "messages[1].tool_call_id"),
+        ({"role": "tool", "content": "Hi", "tool_call_id": "1", "name": "f"}, "messages[1].name"),
         ({"role": "user"}, "messages[1].content"),
         ({"role": "user", "content": None}, "messages[1].content"),
         ({"role": "user", "content": 5}, "messages[1].content"),
@@ -146,7 +190,13 @@ async def test_a_bad_field_is_refused_by_name(route: str, name: str, value: obje
         ({"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}, "messages[1].content"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[1].content"),
         ({"role": "user", "content": "Hi", "name": 5}, "messages[1].name"),
-        ({"role": "assistant", "content": "Hi", "tool_calls": []}, "messages[1].tool_calls"),
+        ({"role": "user", "content": "Hi", "tool_calls": []}, "messages[1].tool_calls"),
+        ({"role": "assistant"}, "messages[1].content"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "messages[1].content"),
+        ({"role": "assistant", "content": "Hi", "refusal": "no"}, "messages[1].refusal"),
+        ({"role": "assistant", "content": "Hi", "audio": {"id": "a"}}, "messages[1].audio"),
+        ({"role": "assistant", "function_call": {"name": "f", "arguments": ""}}, "messages[1].function_call"),
+        ({"role": "assistant", "tool_calls": [{"id": "1", "type": "custom"}]}, "messages[1].tool_calls[0].type"),
         ("Hi", "messages[1]"),
     ],
 )
@@ -163,13 +213,89 @@ async def test_a_bad_entry_is_refused_by_its_place(name: str, place: str) -> Non
 
 @pytest.mark.parametrize("prompt", [[1, 2, 3, 4], [[1, 2, 3, 4]]])
 async def test_more_token_ids_than_any_model_takes_are_refused(monkeypatch: pytest.MonkeyPatch, prompt: object) -> None:
-    monkeypatch.setattr(schemas, "MAX_TOKEN_IDS", 3)
+    monkeypatch.setattr(values, "MAX_TOKEN_IDS", 3)
     assert (await refused(ScriptedGeneration(), COMPLETIONS, prompt=prompt))["param"] == "prompt"
 
 
-async def test_an_unknown_stream_option_is_refused_by_name() -> None:
-    error = await refused(ScriptedGeneration(), CHAT, stream=True, stream_options={"continuous_usage_stats": True})
-    assert error["param"] == "stream_options.continuous_usage_stats"
+@pytest.mark.parametrize("option", [{"include_obfuscation": True}, {"usage": True}])
+async def test_an_unsupported_stream_option_is_refused_by_name(option: dict[str, bool]) -> None:
+    error = await refused(ScriptedGeneration(), CHAT, stream=True, stream_options=option)
+    assert error["param"] == f"stream_options.{next(iter(option))}"
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
+            "response_format.json_schema.name",
+        ),
+        ({"response_format": SCHEMA, "regex": "a"}, "regex"),
+        ({"ebnf": "root ::= x", "regex": "a"}, "ebnf"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
+    ],
+)
+async def test_a_bad_part_of_a_field_is_refused_by_its_place(fields: dict[str, Any], param: str) -> None:
+    error = await refused(ScriptedGeneration(), CHAT, **fields)
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+
+
+async def test_what_can_be_read_but_not_be_forwarded_is_refused_by_name() -> None:
+    deep: Any = {}
+    for _ in range(400):
+        deep = {"a": deep}
+    for fields, param in (
+        ({"chat_template_kwargs": deep}, "chat_template_kwargs"),
+        ({"response_format": SCHEMA | {"json_schema": {"name": "a", "schema": deep}}}, SCHEMA_PLACE),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": deep}}]}, PARAMETERS_PLACE),
+    ):
+        assert (await refused(ScriptedGeneration(), CHAT, **fields))["param"] == param
+
+
+SCHEMA_PLACE = "response_format.json_schema.schema"
+PARAMETERS_PLACE = "tools[0].function.parameters"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"echo": True, "logprobs": 0}, "echo"),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"n": 65, "prompt": ["a", "b"]}, "n"),
+        ({"json_schema": "{}", "response_format": SCHEMA}, "json_schema"),
+    ],
+)
+async def test_fields_that_contradict_each_other_on_completions(fields: dict[str, Any], param: str) -> None:
+    assert (await refused(ScriptedGeneration(), COMPLETIONS, **fields))["param"] == param
+
+
+async def test_continuing_with_a_new_turn_is_a_contradiction() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He"}]
+    error = await refused(
+        ScriptedGeneration(), CHAT, messages=messages, continue_final_message=True, add_generation_prompt=True
+    )
+    assert error["param"] == "continue_final_message"
 
 
 async def test_two_different_limits_contradict_each_other() -> None:
@@ -178,8 +304,8 @@ async def test_two_different_limits_contradict_each_other() -> None:
 
 
 async def test_the_message_names_every_bad_field() -> None:
-    error = await refused(ScriptedGeneration(), CHAT, temperature="hot", tools=[{}], guided_regex="a")
-    for name in ("temperature", "tools", "guided_regex"):
+    error = await refused(ScriptedGeneration(), CHAT, temperature="hot", store=True, guided_regex="a")
+    for name in ("temperature", "store", "guided_regex"):
         assert f"{name}: " in error["message"]
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import orjson
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from kvbaton.v1 import generate_pb2
-from services.frontend.edge.schemas import ChatCompletionRequest, CompletionRequest
-from tests.unit.edge.fakes import MODEL, ScriptedGeneration
+from services.frontend.edge.chat.schema import ChatCompletionRequest
+from services.frontend.edge.completions.schema import CompletionRequest
+from tests.unit.edge.fakes import MODEL, ScriptedGeneration, ended
 from tests.unit.edge.harness import BODIES, CHAT, COMPLETIONS, ROUTES, in_memory, post
 
 SAMPLING = {
@@ -29,7 +31,22 @@ SAMPLING = {
     "stop": (["a", "b"], ["a", "b"]),
     "stop_token_ids": ([5, 6], [5, 6]),
     "skip_special_tokens": (False, False),
+    "logit_bias": ({"7": -100, "0": 2.5}, {7: -100.0, 0: 2.5}),
+    "regex": ("[ab]+", "[ab]+"),
+    "ebnf": ('root ::= "a"', 'root ::= "a"'),
 }
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+FORMATS = [
+    ({"type": "json_object"}, "json_schema", {"type": "object"}),
+    ({"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}, "json_schema", SCHEMA),
+    ({"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": False}}, "json_schema", SCHEMA),
+    (
+        {"type": "structural_tag", "format": {"type": "any_text"}},
+        "structural_tag",
+        {"type": "structural_tag", "format": {"type": "any_text"}},
+    ),
+]
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}}
 
 
 async def forwarded(route: str, **fields: Any) -> generate_pb2.GenerateRequest:
@@ -40,10 +57,11 @@ async def forwarded(route: str, **fields: Any) -> generate_pb2.GenerateRequest:
 
 
 def set_fields(params: generate_pb2.SamplingParams) -> dict[str, Any]:
-    return {
-        field.name: list(value) if isinstance(getattr(params, field.name), list) or field.is_repeated else value
-        for field, value in params.ListFields()
-    }
+    given: dict[str, Any] = {}
+    for field, value in params.ListFields():
+        is_map = field.message_type is not None
+        given[field.name] = dict(value) if is_map else list(value) if field.is_repeated else value
+    return given
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -73,7 +91,119 @@ async def test_the_priority_is_forwarded(route: str) -> None:
 
 def test_every_sampling_field_of_the_contract_can_be_set() -> None:
     reachable = {expected[0] if isinstance(expected, tuple) else name for name, (_, expected) in SAMPLING.items()}
+    reachable |= {kind for _, kind, _ in FORMATS}
     assert reachable == set(generate_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("given", "kind", "source"), FORMATS)
+async def test_a_response_format_is_a_grammar(route: str, given: Any, kind: str, source: Any) -> None:
+    sampling = (await forwarded(route, response_format=given)).sampling
+    assert sampling.WhichOneof("grammar") == kind
+    assert orjson.loads(getattr(sampling, kind)) == source
+
+
+async def test_the_schema_in_a_string_of_a_completion() -> None:
+    assert (await forwarded(COMPLETIONS, json_schema='{"type": "object"}')).sampling.json_schema == '{"type": "object"}'
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "expected"),
+    [
+        (CHAT, {}, None),
+        (CHAT, {"logprobs": False}, None),
+        (CHAT, {"logprobs": False, "top_logprobs": 0}, None),
+        (CHAT, {"logprobs": True}, 0),
+        (CHAT, {"logprobs": True, "top_logprobs": 20}, 20),
+        (COMPLETIONS, {}, None),
+        (COMPLETIONS, {"logprobs": 0}, 0),
+        (COMPLETIONS, {"logprobs": 5}, 5),
+    ],
+)
+async def test_log_probabilities(route: str, fields: dict[str, Any], expected: int | None) -> None:
+    request = await forwarded(route, **fields)
+    assert (request.logprobs if request.HasField("logprobs") else None) == expected
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_the_number_of_choices(route: str) -> None:
+    generation = ScriptedGeneration(*(ended(index=index) for index in range(3)))
+    assert (await post(generation, route, n=3)).status_code == 200
+    assert generation.requests[0].n == 3
+    assert not (await forwarded(route)).HasField("n")
+
+
+async def test_tools() -> None:
+    chat = (await forwarded(CHAT, tools=[TOOL, {"type": "function", "function": {"name": "g"}}])).chat
+    assert [(tool.name, tool.description, tool.HasField("strict")) for tool in chat.tools] == [
+        ("f", "d", True),
+        ("g", "", False),
+    ]
+    assert orjson.loads(chat.tools[0].parameters) == SCHEMA
+    assert chat.tools[1].parameters == ""
+    assert not chat.HasField("tool_choice")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("auto", generate_pb2.ToolChoice(mode=generate_pb2.TOOL_CHOICE_MODE_AUTO)),
+        ("none", generate_pb2.ToolChoice(mode=generate_pb2.TOOL_CHOICE_MODE_NONE)),
+        ("required", generate_pb2.ToolChoice(mode=generate_pb2.TOOL_CHOICE_MODE_REQUIRED)),
+        ({"type": "function", "function": {"name": "f"}}, generate_pb2.ToolChoice(function="f")),
+    ],
+)
+async def test_the_choice_of_a_tool(given: object, expected: generate_pb2.ToolChoice) -> None:
+    chat = (await forwarded(CHAT, tools=[TOOL], tool_choice=given, parallel_tool_calls=False)).chat
+    assert chat.tool_choice == expected
+    assert chat.HasField("parallel_tool_calls")
+    assert not chat.parallel_tool_calls
+
+
+async def test_a_conversation_with_calls() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}, "index": 0}
+    messages: list[dict[str, Any]] = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "reasoning_content": "Hm."},
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "42"}]},
+    ]
+    developer, assistant, tool = (await forwarded(CHAT, messages=messages)).chat.messages
+    assert developer.role == "developer"
+    assert (assistant.content, assistant.reasoning) == ("", "Hm.")
+    assert list(assistant.tool_calls) == [generate_pb2.ToolCall(id="call_1", name="f", arguments="{}")]
+    assert (tool.role, tool.tool_call_id, tool.content) == ("tool", "call_1", "42")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"chat_template_kwargs": {"a": [1]}}, {"a": [1]}),
+        ({"reasoning_effort": "high"}, {"reasoning_effort": "high", "thinking": True, "enable_thinking": True}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "none", "thinking": False, "enable_thinking": False}),
+        (
+            {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}},
+            {"reasoning_effort": "low", "thinking": True, "enable_thinking": False},
+        ),
+    ],
+)
+async def test_arguments_of_the_chat_template(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert orjson.loads((await forwarded(CHAT, **fields)).chat.template_arguments) == expected
+    assert (await forwarded(CHAT)).chat.template_arguments == ""
+
+
+@pytest.mark.parametrize("fields", [{"continue_final_message": True}, {"add_generation_prompt": False}])
+async def test_continuing_the_last_message(fields: dict[str, bool]) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He"}]
+    chat = (await forwarded(CHAT, messages=messages, **fields)).chat
+    assert chat.HasField("add_generation_prompt")
+    assert not chat.add_generation_prompt
+    assert not (await forwarded(CHAT, continue_final_message=False)).chat.HasField("add_generation_prompt")
+
+
+async def test_whether_reasoning_is_told_apart() -> None:
+    chat = (await forwarded(CHAT, separate_reasoning=False)).chat
+    assert chat.HasField("separate_reasoning")
+    assert not (await forwarded(CHAT)).chat.HasField("separate_reasoning")
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -111,7 +241,6 @@ async def test_every_field_that_openai_documents_is_known(route: str, params: ty
         (COMPLETIONS, "n", 1),
         (COMPLETIONS, "best_of", 1),
         (COMPLETIONS, "echo", False),
-        (COMPLETIONS, "logprobs", False),
         (COMPLETIONS, "logit_bias", {}),
         (COMPLETIONS, "suffix", ""),
         (COMPLETIONS, "user", "someone"),

@@ -124,8 +124,8 @@ async def test_a_refusal_is_the_sdks_error(refusal: RequestError, kind: type[ope
 async def test_an_unsupported_field_is_a_bad_request() -> None:
     async with sdk(ScriptedGeneration()) as client:
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.completions.create(model=MODEL, prompt="a", n=2)
-    assert caught.value.param == "n"
+            await client.completions.create(model=MODEL, prompt="a", suffix="b")
+    assert caught.value.param == "suffix"
 
 
 async def test_an_error_in_a_stream_is_raised_after_the_text() -> None:

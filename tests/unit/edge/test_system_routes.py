@@ -110,5 +110,5 @@ class TestOpenApi:
 
     def test_a_field_that_only_takes_its_neutral_value_says_so(self, document: dict[str, Any]) -> None:
         schema = document["components"]["schemas"]["ChatCompletionRequest"]
-        assert schema["properties"]["n"]["enum"] == [1, None]
+        assert schema["properties"]["store"]["enum"] == [False, None]
         assert schema["additionalProperties"] is False

@@ -10,12 +10,12 @@ from starlette.types import Receive, Scope, Send
 
 from kvbaton.errors import RequestError
 from services.frontend.edge.body import json_route
+from services.frontend.edge.calls import request_id
+from services.frontend.edge.documented import documented
 from services.frontend.edge.embeddings import EmbeddingCall, EmbeddingList, EmbeddingsRequest, answer_body
-from services.frontend.edge.errors import ErrorBody
 from services.frontend.edge.exchange import while_client_stays
 from services.frontend.edge.options import EdgeOptions
 from services.frontend.edge.routes.generation import RequestIdHeader
-from services.frontend.edge.translate import request_id
 from services.frontend.embedding.service import Embedding
 
 log = structlog.get_logger()
@@ -28,15 +28,11 @@ def router(embedding: Embedding, options: EdgeOptions) -> APIRouter:
     @routes.post(
         "/v1/embeddings",
         response_model=None,
-        responses={
-            200: {"model": EmbeddingList, "description": "The vectors."},
-            "4XX": {"model": ErrorBody, "description": "The request was refused."},
-            "5XX": {"model": ErrorBody, "description": "The request failed."},
-        },
+        responses=documented(EmbeddingList, "The vectors."),
     )
     async def embeddings(body: EmbeddingsRequest, x_request_id: RequestIdHeader = None) -> Response:
         """One vector for each input."""
-        call = EmbeddingCall.of(body, request_id(x_request_id, "embd"))
+        call = EmbeddingCall.of(body, request_id(x_request_id, "embd-"))
         return _Exchange(embedding, body, call, write_timeout=options.write_timeout_seconds)
 
     return routes

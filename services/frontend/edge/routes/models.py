@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import model_pb2
 from services.frontend.edge.errors import ErrorBody
-from services.frontend.edge.responses import json_response
+from services.frontend.edge.wire import json_response
 from services.frontend.request.api import Generation
 
 

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from typing_extensions import TypedDict
 
-from services.frontend.edge.responses import json_response
 from services.frontend.edge.routes.models import available_models
+from services.frontend.edge.wire import json_response
 from services.frontend.request.api import Generation
 
 

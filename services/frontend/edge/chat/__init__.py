@@ -1,0 +1,1 @@
+"""POST /v1/chat/completions: its body, what it becomes, and how the answer is written."""
