@@ -6,39 +6,27 @@ Streams of /v1/completions are the exception: the SDK's type has no null for `fi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import grpc
 import openai
+import orjson
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
+from pydantic import BaseModel
 
 from kvbaton.errors import Reason, RequestError, invalid
-from tests.unit.edge.fakes import MODEL, Hang, ScriptedGeneration, failure, said
-from tests.unit.edge.harness import served
+from services.frontend.request.api import FinishReason, Output, ToolCallDelta
+from services.requests import TokenLogprob, TopLogprob
+from tests.unit.edge.fakes import MODEL, Hang, ScriptedGeneration, Scripts, ended, failure, said
+from tests.unit.edge.sdk import HI, sdk, with_sync_sdk
 
 Code = grpc.StatusCode
 
 
-@asynccontextmanager
-async def sdk(generation: ScriptedGeneration, *, strict: bool = True) -> AsyncGenerator[AsyncOpenAI]:
-    async with (
-        served(generation) as port,
-        AsyncOpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1",
-            api_key="none",
-            max_retries=0,
-            timeout=10,
-            _strict_response_validation=strict,
-        ) as client,
-    ):
-        yield client
-
-
 async def chat(client: AsyncOpenAI) -> str | None:
-    answer = await client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}])
+    answer = await client.chat.completions.create(model=MODEL, messages=HI)
     return answer.choices[0].message.content
 
 
@@ -94,11 +82,117 @@ async def test_a_chat_stream_with_usage() -> None:
 
 
 async def test_the_sdks_own_stream_helper() -> None:
-    async with sdk(ScriptedGeneration()) as client:
-        messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
-        async with client.chat.completions.stream(model=MODEL, messages=messages) as stream:
-            final = await stream.get_final_completion()
+    async with (
+        sdk(ScriptedGeneration()) as client,
+        client.chat.completions.stream(model=MODEL, messages=HI) as stream,
+    ):
+        final = await stream.get_final_completion()
     assert final.choices[0].message.content == "Hello"
+
+
+async def test_the_blocking_client() -> None:
+    def use(client: OpenAI) -> tuple[str | None, str, list[str]]:
+        answer = client.chat.completions.create(model=MODEL, messages=HI)
+        stream = client.chat.completions.create(model=MODEL, messages=HI, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        return answer.choices[0].message.content, text, [model.id for model in client.models.list()]
+
+    assert await with_sync_sdk(ScriptedGeneration(), use) == ("Hello", "Hello", [MODEL])
+
+
+async def test_several_choices() -> None:
+    # The helper raises for an answer that was cut off.
+    script = (said("a"), said("x", index=1), said("b"), ended(), ended("y", index=1))
+    async with sdk(ScriptedGeneration(*script)) as client:
+        answer = await client.chat.completions.create(model=MODEL, messages=HI, n=2)
+        async with client.chat.completions.stream(model=MODEL, messages=HI, n=2) as stream:
+            streamed = await stream.get_final_completion()
+    for completion in (answer, streamed):
+        assert [choice.message.content for choice in completion.choices] == ["ab", "xy"]
+        assert [choice.finish_reason for choice in completion.choices] == ["stop", "stop"]
+
+
+async def test_several_prompts() -> None:
+    async with sdk(ScriptedGeneration()) as client:
+        answer = await client.completions.create(model=MODEL, prompt=["a", "b"], echo=True)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "aHello"), (1, "bHello")]
+
+
+async def test_log_probabilities() -> None:
+    likeliest = TokenLogprob(5, -0.25, (TopLogprob(6, -2.0, b"Ho"),), b"Hel")
+    script = (Output([5], "Hel", logprobs=[likeliest]), ended())
+    async with sdk(ScriptedGeneration(*script)) as client:
+        chats = await client.chat.completions.create(model=MODEL, messages=HI, logprobs=True, top_logprobs=1)
+        completions = await client.completions.create(model=MODEL, prompt="a", logprobs=1)
+    of_chat, of_completion = chats.choices[0].logprobs, completions.choices[0].logprobs
+    assert of_chat is not None
+    assert of_chat.content is not None
+    assert [(each.token, each.logprob) for each in of_chat.content] == [("Hel", -0.25)]
+    assert of_chat.content[0].top_logprobs[0].token == "Ho"
+    assert of_completion is not None
+    assert (of_completion.tokens, of_completion.text_offset) == (["Hel"], [0])
+
+
+class Weather(BaseModel):
+    """The weather somewhere."""
+
+    city: str
+    degrees: int
+
+
+SUNNY = '{"city": "Rome", "degrees": 30}'
+
+
+async def test_a_parsed_answer() -> None:
+    generation = ScriptedGeneration(said(SUNNY[:9]), ended(SUNNY[9:]))
+    async with sdk(generation) as client:
+        answer = await client.chat.completions.parse(model=MODEL, messages=HI, response_format=Weather)
+        async with client.chat.completions.stream(model=MODEL, messages=HI, response_format=Weather) as stream:
+            streamed = await stream.get_final_completion()
+    for completion in (answer, streamed):
+        assert completion.choices[0].message.parsed == Weather(city="Rome", degrees=30)
+    assert orjson.loads(generation.requests[0].sampling.json_schema)["required"] == ["city", "degrees"]
+
+
+CALLING = (
+    Output([1], tool_calls=[ToolCallDelta(0, "call_1", "Weather", SUNNY[:9])]),
+    Output([1], tool_calls=[ToolCallDelta(0, arguments=SUNNY[9:])]),
+    ended(reason=FinishReason.TOOL_CALLS),
+)
+
+
+async def test_tools_and_the_way_back() -> None:
+    generation = ScriptedGeneration(*CALLING)
+    tools = [openai.pydantic_function_tool(Weather)]
+    async with sdk(generation) as client:
+        answer = await client.chat.completions.parse(model=MODEL, messages=HI, tools=tools)
+        async with client.chat.completions.stream(model=MODEL, messages=HI, tools=tools) as stream:
+            events = [event.type async for event in stream]
+            streamed = await stream.get_final_completion()
+        for completion in (answer, streamed):
+            message = completion.choices[0].message
+            assert completion.choices[0].finish_reason == "tool_calls"
+            assert message.content is None
+            assert message.tool_calls is not None
+            (call,) = message.tool_calls
+            assert (call.id, call.function.name) == ("call_1", "Weather")
+            assert call.function.parsed_arguments == Weather(city="Rome", degrees=30)
+            # What came is sent back as it is, with the result.
+            result: ChatCompletionMessageParam = {"role": "tool", "tool_call_id": call.id, "content": "30"}
+            history = [*HI, cast("ChatCompletionMessageParam", message), result]
+            await client.chat.completions.create(model=MODEL, messages=history, tools=tools)
+    assert "tool_calls.function.arguments.done" in events
+    sent = generation.requests[-1].chat
+    assert (sent.tools[0].name, sent.tools[0].strict) == ("Weather", True)
+    assert orjson.loads(sent.messages[1].tool_calls[0].arguments) == {"city": "Rome", "degrees": 30}
+    assert sent.messages[2].tool_call_id == "call_1"
+
+
+async def test_reasoning() -> None:
+    async with sdk(ScriptedGeneration(*Scripts.REASONING)) as client:
+        answer = await client.chat.completions.create(model=MODEL, messages=HI, reasoning_effort="high")
+    assert answer.choices[0].message.content == "42"
+    assert cast("Any", answer.choices[0].message).reasoning_content == "Hmm."
 
 
 @pytest.mark.parametrize(
@@ -152,8 +246,7 @@ async def test_a_retry_comes_after_the_time_that_was_asked_for() -> None:
 async def test_closing_a_stream_cancels_the_request() -> None:
     generation = ScriptedGeneration(said("Hel"), Hang())
     async with sdk(generation) as client:
-        messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
-        stream = await client.chat.completions.create(model=MODEL, messages=messages, stream=True)
+        stream = await client.chat.completions.create(model=MODEL, messages=HI, stream=True)
         await anext(stream)
         await stream.close()
         async with asyncio.timeout(1):

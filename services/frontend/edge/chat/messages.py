@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, Tag, model_validator
 
@@ -84,6 +84,8 @@ class CalledFunction(Body):
 
     name: str = Field(min_length=1)
     arguments: str
+    parsed_arguments: Annotated[Any, Handling.NO_EFFECT] = None
+    """What OpenAI's SDK made of `arguments`; it sends it back."""
 
 
 class MessageToolCall(Body):
@@ -93,7 +95,7 @@ class MessageToolCall(Body):
     type: Literal["function"]
     function: CalledFunction
     index: Annotated[int | None, Handling.NO_EFFECT] = None
-    """The place in a stream's delta; clients send it back."""
+    """The call's place in a stream; OpenAI's SDK sends it back."""
 
 
 # What the validator below says, for the API's description.
@@ -119,6 +121,8 @@ class AssistantMessage(Body):
     """Extension: what the model thought before this message; for templates that take it."""
     tool_calls: list[MessageToolCall] | None = None
     """What the model called."""
+    parsed: Annotated[Any, Handling.NO_EFFECT] = None
+    """What OpenAI's SDK made of `content`; it sends it back."""
 
     audio: Annotated[object, Only()] = None
     """Text only."""
