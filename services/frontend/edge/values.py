@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    PlainValidator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -116,6 +117,12 @@ def token_ids(items: list[object]) -> list[int]:
     return cast("list[int]", items)
 
 
+def _token_ids(value: object) -> list[int]:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of token ids")
+    return token_ids(cast("list[object]", value))
+
+
 def json_text(field: str, value: object) -> str:
     """A value of the body as JSON again. Raises RequestError naming the field for one that is nested too deeply."""
     try:
@@ -136,6 +143,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[int, Field(ge=0, lt=TOKEN_ID_LIMIT)]
 TokenIdList = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS)]
 """Only for schemas: checking so many ids one by one is what `token_ids` is for."""
+TokenIds = Annotated[list[int], PlainValidator(_token_ids, json_schema_input_type=TokenIdList)]
 StopString = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
     list[StopString],

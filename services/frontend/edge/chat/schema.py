@@ -11,33 +11,17 @@ from services.frontend.edge.chat.tools import MAX_TOOLS, ChatTool, ToolChoice
 from services.frontend.edge.formats import ResponseFormat
 from services.frontend.edge.sampling import Choices, SamplingBody, TopLogprobs
 from services.frontend.edge.stream_options import StreamOptions
-from services.frontend.edge.values import Handling, Only, Positive
+from services.frontend.edge.values import Body, Handling, Only, Positive
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
 
 
-class ChatCompletionRequest(SamplingBody):
-    """Body of POST /v1/chat/completions."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    """The conversation, oldest message first."""
-    max_completion_tokens: Positive | None = None
-    """Tokens to generate. Default: all that the context length leaves after the prompt."""
-    max_tokens: Positive | None = None
-    """The older name of `max_completion_tokens`; one of the two."""
-    n: Choices | None = None
-    """Answers, each a request of its own. Default 1."""
-    logprobs: bool | None = None
-    """The log probability of every generated token, those of reasoning and of tool calls too."""
-    top_logprobs: TopLogprobs | None = None
-    """The likeliest tokens at each position. Only with `logprobs`."""
-    response_format: ResponseFormat | None = None
-    """Holds the answer to JSON or to a schema. Needs a grammar backend, except `text`."""
-    stream_options: Annotated[StreamOptions | None, Handling.EMULATED] = None
-    """Only with `stream`."""
+class ConversationBody(Body):
+    """What becomes the prompt of a chat, beside the messages."""
 
     tools: Annotated[list[ChatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     """Functions that the model may call. Needs a tool parser in the model's record."""
@@ -56,6 +40,27 @@ class ChatCompletionRequest(SamplingBody):
     """False continues the last message instead of opening an assistant turn. Default true."""
     continue_final_message: bool | None = None
     """True is the same as `add_generation_prompt: false`; the last message must be the assistant's."""
+
+
+class ChatCompletionRequest(SamplingBody, ConversationBody):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Messages
+    """The conversation, oldest message first."""
+    max_completion_tokens: Positive | None = None
+    """Tokens to generate. Default: all that the context length leaves after the prompt."""
+    max_tokens: Positive | None = None
+    """The older name of `max_completion_tokens`; one of the two."""
+    n: Choices | None = None
+    """Answers, each a request of its own. Default 1."""
+    logprobs: bool | None = None
+    """The log probability of every generated token, those of reasoning and of tool calls too."""
+    top_logprobs: TopLogprobs | None = None
+    """The likeliest tokens at each position. Only with `logprobs`."""
+    response_format: ResponseFormat | None = None
+    """Holds the answer to JSON or to a schema. Needs a grammar backend, except `text`."""
+    stream_options: Annotated[StreamOptions | None, Handling.EMULATED] = None
+    """Only with `stream`."""
 
     metadata: Annotated[Metadata | None, Handling.NO_EFFECT] = None
     """Labels of stored completions; nothing is stored."""

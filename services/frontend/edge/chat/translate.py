@@ -10,8 +10,8 @@ from typing import Any
 from kvbaton.errors import invalid
 from kvbaton.v1 import generate_pb2
 from services.frontend.edge.calls import Call, openai_name
-from services.frontend.edge.chat.messages import AssistantMessage, proto_message
-from services.frontend.edge.chat.schema import ChatCompletionRequest, ReasoningEffort
+from services.frontend.edge.chat.messages import AssistantMessage, ChatMessage, proto_message
+from services.frontend.edge.chat.schema import ChatCompletionRequest, ConversationBody, ReasoningEffort
 from services.frontend.edge.chat.tools import NamedToolChoice, ToolChoice, proto_tool, proto_tool_choice
 from services.frontend.edge.formats import grammar_of
 from services.frontend.edge.sampling import chosen_grammar, sampling_params
@@ -36,7 +36,7 @@ def chat_call(body: ChatCompletionRequest, request_id: str) -> Call:
     request = generate_pb2.GenerateRequest(
         request_id=request_id,
         model=body.model,
-        chat=_chat_input(body),
+        chat=chat_input(body, body.messages),
         sampling=sampling_params(body, max_tokens, grammar),
         priority=body.priority,
         n=body.n,
@@ -68,12 +68,13 @@ def template_arguments(effort: ReasoningEffort | None, given: Mapping[str, Any] 
     return from_effort | dict(given or {})
 
 
-def _chat_input(body: ChatCompletionRequest) -> generate_pb2.ChatInput:
+def chat_input(body: ConversationBody, messages: list[ChatMessage]) -> generate_pb2.ChatInput:
+    """The prompt of a chat. Raises RequestError for fields that contradict each other."""
     arguments = template_arguments(body.reasoning_effort, body.chat_template_kwargs)
     tools = body.tools or []
     return generate_pb2.ChatInput(
-        messages=[proto_message(message) for message in body.messages],
-        add_generation_prompt=_adds_generation_prompt(body),
+        messages=[proto_message(message) for message in messages],
+        add_generation_prompt=_adds_generation_prompt(body, messages[-1]),
         tools=[proto_tool(f"tools[{place}].function", tool.function) for place, tool in enumerate(tools)],
         tool_choice=_tool_choice(body.tool_choice, tools=bool(tools)),
         parallel_tool_calls=body.parallel_tool_calls,
@@ -92,12 +93,12 @@ def _tool_choice(choice: ToolChoice | None, *, tools: bool) -> generate_pb2.Tool
             return proto_tool_choice(choice, named=False, tools=tools)
 
 
-def _adds_generation_prompt(body: ChatCompletionRequest) -> bool | None:
+def _adds_generation_prompt(body: ConversationBody, last: ChatMessage) -> bool | None:
     if not body.continue_final_message:
         return body.add_generation_prompt
     if body.add_generation_prompt:
         raise invalid("continue_final_message", "contradicts add_generation_prompt: true")
-    if not isinstance(body.messages[-1], AssistantMessage):
+    if not isinstance(last, AssistantMessage):
         raise invalid("continue_final_message", "the last message is not the assistant's")
     return False
 
