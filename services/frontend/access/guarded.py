@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvbaton.v1 import embed_pb2, generate_pb2, model_pb2
+from kvbaton.v1 import embed_pb2, generate_pb2, model_pb2, text_pb2
 from services.frontend.access.gate import current_admission, require_model
 from services.frontend.embedding.service import Embedding
 from services.frontend.request.api import Generation, LiveRequest
@@ -42,6 +42,16 @@ class GuardedGeneration:
         live = await self._inner.submit(request, trace_headers)
         self._belongs(live.request_id)
         return live
+
+    async def tokenize(self, request: text_pb2.TokenizeRequest) -> text_pb2.TokenizeResponse:
+        """As `Generation`; PERMISSION_DENIED for a model that the caller may not use."""
+        require_model(request.model, _served(self._inner, GENERATE))
+        return await self._inner.tokenize(request)
+
+    async def detokenize(self, request: text_pb2.DetokenizeRequest) -> text_pb2.DetokenizeResponse:
+        """As `Generation`; PERMISSION_DENIED for a model that the caller may not use."""
+        require_model(request.model, _served(self._inner, GENERATE))
+        return await self._inner.detokenize(request)
 
     def abort(self, request_id: str) -> bool:
         """As `Generation`; a request that lives under another key isn't there."""
