@@ -5,6 +5,7 @@ from services.frontend.text.detokenizer import IncrementalDetokenizer
 from services.frontend.text.output import TextDelta, TextOutput
 from services.frontend.text.stop_strings import StopResult, StopStringMatcher
 from services.frontend.text.template_sandbox import TemplateLimits
+from services.frontend.text.token_bytes import token_bytes
 from services.frontend.text.tokenizer import InvalidTextError, TextTokenizer, TokenizerError
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "TextOutput",
     "TextTokenizer",
     "TokenizerError",
+    "token_bytes",
 ]

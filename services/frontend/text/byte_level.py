@@ -34,10 +34,9 @@ class _BytePieces(dict[int, bytes]):
         return piece
 
 
-def byte_pieces(tokenizer: TextTokenizer, skip_special_tokens: bool) -> dict[int, bytes]:
-    """The bytes of each id, empty for unknown and for skipped ones; one table per tokenizer, filled as it is used."""
-    pieces = tokenizer.piece_caches.get(skip_special_tokens)
+def byte_pieces(tokenizer: TextTokenizer, hidden: frozenset[int]) -> dict[int, bytes]:
+    """The bytes of each id, empty for unknown and for hidden ones; one table per tokenizer, filled as it is used."""
+    pieces = tokenizer.piece_caches.get(hidden)
     if pieces is None:
-        pieces = _BytePieces(tokenizer, tokenizer.special_token_ids if skip_special_tokens else frozenset())
-        tokenizer.piece_caches[skip_special_tokens] = pieces
+        pieces = tokenizer.piece_caches[hidden] = _BytePieces(tokenizer, hidden)
     return pieces

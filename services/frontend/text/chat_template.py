@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import jinja2
+from jinja2 import nodes
 
 from services.frontend.text.template_sandbox import (
     LimitExceededError,
@@ -24,7 +25,8 @@ from services.frontend.text.template_sandbox import (
 
 Content: TypeAlias = str | Sequence[Mapping[str, Any]] | None
 
-_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+RESERVED_ARGUMENTS = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
+"""Template variables that are fields of their own."""
 
 
 class ChatTemplateError(Exception):
@@ -47,6 +49,8 @@ class ChatMessage:
     """The assistant's calls, `{"type": "function", "function": {"name", "arguments"}}`, passed on as they are."""
     tool_call_id: str | None = None
     """Which call a message of role "tool" answers."""
+    reasoning: str | None = None
+    """What the assistant thought; templates that take it read `reasoning_content`."""
 
 
 class ChatTemplate:
@@ -74,6 +78,9 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._environment = TemplateEnvironment(limits or TemplateLimits(), now)
         self._templates = {name: self._compile(name, text) for name, text in sources.items()}
+        with_tools = sources.get("tool_use", sources["default"])
+        self.takes_tools: bool = "tools" in _variables(self._environment, with_tools)
+        """Whether the template does anything with tools."""
 
     @classmethod
     def from_folder(
@@ -98,9 +105,8 @@ class ChatTemplate:
         Raises `InvalidMessagesError` when the request is at fault, `ChatTemplateError` when the template is.
         """
         arguments = dict(template_arguments or {})
-        for name in _RESERVED:
-            if name in arguments:
-                raise InvalidMessagesError(f"template argument {name!r} is set by the request's own fields")
+        if reserved := RESERVED_ARGUMENTS.intersection(arguments):
+            raise InvalidMessagesError(f"template argument {min(reserved)!r} is set by the request's own fields")
         variables = {
             **self._special_tokens,
             **arguments,
@@ -129,9 +135,19 @@ class ChatTemplate:
             raise ChatTemplateError(f"chat template failed: {type(error).__name__}: {error}") from error
 
 
+def _variables(environment: jinja2.Environment, source: str) -> set[str]:
+    """The names that a template reads."""
+    return {name.name for name in environment.parse(source).find_all(nodes.Name) if name.ctx == "load"}
+
+
 def _as_mapping(index: int, message: ChatMessage | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(message, ChatMessage):
-        fields = {"name": message.name, "tool_calls": list(message.tool_calls), "tool_call_id": message.tool_call_id}
+        fields = {
+            "name": message.name,
+            "tool_calls": list(message.tool_calls),
+            "tool_call_id": message.tool_call_id,
+            "reasoning_content": message.reasoning,
+        }
         content = _text(index, message.content)
         return {"role": message.role, "content": content} | {key: value for key, value in fields.items() if value}
     if not isinstance(message.get("role"), str):

@@ -11,15 +11,13 @@ pattern longer than one character (a `Replace` behind a `Fuse`); none is known a
 """
 
 import codecs
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from services.frontend.text.byte_level import byte_pieces
-from services.frontend.text.tokenizer import TextTokenizer
+from services.frontend.text.tokenizer import BYTE_TOKEN, TextTokenizer, decoder_steps
 
 _REPLACEMENT = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _EAGER_WINDOW = 8
 """A window longer than this that ends within a character is decoded again only each time its length has doubled."""
 
@@ -51,13 +49,22 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: TextTokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        keep: frozenset[int] = frozenset(),
+        prompt_ids: Sequence[int] = (),
     ) -> None:
+        """`keep` are special tokens that are text even where the others are skipped."""
+        hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        if not hidden.isdisjoint(keep):
+            hidden -= keep
         self._stream: _Stream
         if tokenizer.decoder_config.get("type") == "ByteLevel":
-            self._stream = _ByteStream(tokenizer, skip_special_tokens, prompt_ids)
+            self._stream = _ByteStream(tokenizer, hidden, prompt_ids)
         else:
-            self._stream = _WindowStream(tokenizer, skip_special_tokens, prompt_ids)
+            self._stream = _WindowStream(tokenizer, hidden, prompt_ids)
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that has become final with `ids`."""
@@ -82,8 +89,8 @@ class _ByteStream:
     _PROMPT_TAIL = 3
     """No unfinished character is longer, and every visible token is at least one byte."""
 
-    def __init__(self, tokenizer: TextTokenizer, skip_special_tokens: bool, prompt_ids: Sequence[int]) -> None:
-        self._bytes = byte_pieces(tokenizer, skip_special_tokens)
+    def __init__(self, tokenizer: TextTokenizer, hidden: frozenset[int], prompt_ids: Sequence[int]) -> None:
+        self._bytes = byte_pieces(tokenizer, hidden)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids = 0
         self._utf8.decode(b"".join(self._prompt_tail(prompt_ids)))
@@ -112,10 +119,10 @@ class _WindowStream:
     behind an ordinary token, so no run of byte tokens and no character is ever cut.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, skip_special_tokens: bool, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: TextTokenizer, hidden: frozenset[int], prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
-        steps = _decoder_steps(tokenizer.decoder_config)
+        self._hidden = hidden
+        steps = decoder_steps(tokenizer.decoder_config)
         self._byte_fallback = "ByteFallback" in steps
         self._may_end_within_character = "ByteLevel" in steps
         self._ids = 0
@@ -138,7 +145,7 @@ class _WindowStream:
             return []
         self._window.append(token_id)
         self._positions.append(self._ids)
-        if self._byte_fallback and _BYTE_TOKEN.fullmatch(token):
+        if self._byte_fallback and BYTE_TOKEN.fullmatch(token):
             return []
         if len(self._window) < self._decode_at:
             return []
@@ -190,7 +197,7 @@ class _WindowStream:
 
     def _byte_run(self) -> bytes:
         tokens = (self._tokenizer.token_text(token_id) or "" for token_id in self._window)
-        matches = (_BYTE_TOKEN.fullmatch(token) for token in tokens)
+        matches = (BYTE_TOKEN.fullmatch(token) for token in tokens)
         return bytes(int(match[1], 16) for match in matches if match)
 
     def _start_behind(self, prompt_ids: Sequence[int]) -> None:
@@ -200,7 +207,7 @@ class _WindowStream:
             token = self._visible(token_id)
             if token is None:
                 continue
-            if self._byte_fallback and not context and _BYTE_TOKEN.fullmatch(token):
+            if self._byte_fallback and not context and BYTE_TOKEN.fullmatch(token):
                 self._window.insert(0, token_id)
                 continue
             context.insert(0, token_id)
@@ -218,12 +225,6 @@ class _WindowStream:
 
     def _starts_within_character(self) -> bool:
         return self._may_end_within_character and not self._context_text.strip(_REPLACEMENT)
-
-
-def _decoder_steps(config: Mapping[str, Any]) -> set[str]:
-    """The types of a decoder and of everything in it."""
-    nested: list[Mapping[str, Any]] = config.get("decoders", [])
-    return {config.get("type", ""), *(name for step in nested for name in _decoder_steps(step))}
 
 
 def _run_characters(run: bytes) -> Iterator[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""How tokenizers with byte fallback spell the token of one byte."""
 
 
 class TokenizerError(Exception):
@@ -58,8 +62,10 @@ class TextTokenizer:
         """
         self.decoder_config: Mapping[str, Any] = _decoder_config(self._tokenizer)
         """The `decoder` entry of tokenizer.json; empty when there is none."""
-        self.piece_caches: dict[bool, dict[int, bytes]] = {}
-        """What detokenizers remember of this tokenizer, by `skip_special_tokens`."""
+        self.piece_caches: dict[frozenset[int], dict[int, bytes]] = {}
+        """What detokenizers remember of this tokenizer, by the ids that they hide."""
+        self.token_bytes_cache: dict[int, bytes] = {}
+        """What `token_bytes` remembers of this tokenizer."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -130,6 +136,12 @@ class TextTokenizer:
         if not all(type(id) is int for id in found):
             raise TokenizerError(f"{path}: eos_token_id is neither a token id nor a list of them")
         return frozenset(cast("list[int]", found))
+
+
+def decoder_steps(config: Mapping[str, Any]) -> set[str]:
+    """The types of a decoder and of everything in it."""
+    nested: list[Mapping[str, Any]] = config.get("decoders", [])
+    return {config.get("type", ""), *(name for step in nested for name in decoder_steps(step))}
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:

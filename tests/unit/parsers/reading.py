@@ -42,7 +42,7 @@ class Read:
                 assert delta.name
                 self.calls.append(Call(delta.name, "", delta.id))
             else:
-                assert not (delta.id or delta.name), "neither is said twice"
+                assert not delta.id + delta.name, "neither is said twice"
                 assert delta.arguments, "no delta is empty"
             self.calls[delta.index].arguments += delta.arguments
 

@@ -284,3 +284,22 @@ def test_every_rendering_has_its_own_budget() -> None:
 def test_limits_must_be_positive() -> None:
     with pytest.raises(ValueError, match="positive"):
         TemplateLimits(max_steps=0)
+
+
+def test_reasoning_and_calls_reach_the_template_as_it_expects_them() -> None:
+    source = (
+        "{% for m in messages %}{{ m.reasoning_content or '-' }}|"
+        "{% for c in m.tool_calls or [] %}{{ c.id }}:{{ c.function.arguments.city }}{% endfor %};{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
+    messages = [ChatMessage("user", "hi"), ChatMessage("assistant", "", tool_calls=[call], reasoning="hm")]
+    assert template(source).render(messages) == "-|;hm|1:Rome;"
+
+
+def test_a_template_that_does_nothing_with_tools_says_so() -> None:
+    assert not template("{{ messages[0].content }}").takes_tools
+    assert template("{% if tools %}{{ tools | tojson }}{% endif %}").takes_tools
+    assert template({"default": "{{ messages }}", "tool_use": "{{ tools }}"}).takes_tools
+    assert not template({"default": "{{ tools }}", "tool_use": "{{ messages }}"}).takes_tools, (
+        "not the one that is used"
+    )
