@@ -7,6 +7,7 @@
 - `router/`: which workers there are, and which pair runs a request
 - `link/`: how a leg reaches its worker
 - `text/`: tokenizer, chat template, detokenizer, stop strings
+- `parsers/`: reasoning and tool calls in the text of an answer
 - `text_models`: tokenizers fetched from workers
 - `servicers/`: gRPC; `edge/`: the OpenAI HTTP API
 """

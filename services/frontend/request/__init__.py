@@ -1,7 +1,8 @@
 """The life of one request in the frontend.
 
 - `api`: what the edges see
-- `prepare`: checks, chat template, tokenization
+- `prepare`: checks, chat template, tokenization; `chat`: the checks of messages and tools
+- `chat_answer`: which parsers and which grammar a chat's answer has; `reply`: tokens to text, reasoning and tool calls
 - `owner`: the one task that owns a request, from the choice of workers to its end
 - `states`: the states of a request and every allowed step between them
 - `attempt`: one attempt: both legs on one pair, and how they are ended

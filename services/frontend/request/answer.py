@@ -10,6 +10,7 @@ from kvbaton.v1 import generate_pb2
 from services.frontend.link.protocol import LegFinished, LegTokens
 from services.frontend.request.api import Finished, FinishReason, Output, Timings
 from services.frontend.request.prepare import PreparedRequest
+from services.frontend.request.reply import Reply
 from services.frontend.router.placement import Placement
 
 _FINISH_REASONS = {
@@ -23,6 +24,7 @@ class Answer:
 
     def __init__(self, prepared: PreparedRequest, received: float) -> None:
         self._prepared = prepared
+        self._reply = None if prepared.text is None else prepared.text.start()
         self._received = received
         self._placement: Placement | None = None
         self._dispatched: float | None = None
@@ -66,15 +68,16 @@ class Answer:
         self._last = time.monotonic()
         if self._first is None and event.token_ids:
             self._first = self._last
-        token_ids, before = event.token_ids, self._tokens
-        self._tokens += len(token_ids)
-        text, stopped = ("", None) if self._prepared.text is None else self._text(event)
+        before = self._tokens
+        self._tokens += len(event.token_ids)
         if isinstance(event, LegFinished):
             self._cached = max(self._cached, event.finished.usage.cached_prompt_tokens)
-        if stopped is not None:
-            kept = max(0, self._tokens - before)
-            return self._finished(Output(token_ids[:kept], text, logprobs=event.logprobs[:kept]), stopped=stopped)
-        output = Output(token_ids, text, logprobs=event.logprobs)
+        if self._reply is None:
+            output, ended, stopped = Output(event.token_ids, logprobs=event.logprobs), False, None
+        else:
+            output, ended, stopped = self._read(self._reply, event, before)
+        if ended:
+            return self._finished(output, stopped=stopped)
         if isinstance(event, LegFinished):
             return self._finished(output, finished=event.finished)
         return output
@@ -99,22 +102,25 @@ class Answer:
             decode=_between(self._first, self._last),
         )
 
-    def _text(self, event: LegTokens | LegFinished) -> tuple[str, str | None]:
-        """New text and the stop string that was hit; at the end, the rest of the text."""
-        output = self._prepared.text
-        assert output is not None
-        token_ids = event.token_ids
-        if isinstance(event, LegFinished) and event.finished.WhichOneof("matched") == "matched_token_id":
-            # The token that ended the answer is counted, but is no text of it.
-            token_ids = token_ids[:-1]
-        delta = output.push(token_ids)
-        text = delta.text
-        if delta.stopped is None and isinstance(event, LegFinished):
-            delta = output.finish()
-            text += delta.text
-        if delta.stopped is not None:
+    def _read(self, reply: Reply, event: LegTokens | LegFinished, before: int) -> tuple[Output, bool, str | None]:
+        """An output, whether the answer ends with it although the engine goes on, and the stop string it ends at."""
+        last = isinstance(event, LegFinished)
+        token_ids, logprobs = event.token_ids, event.logprobs
+        # The token that ended the answer is counted, but is no text of it.
+        ended_by_token = last and event.finished.WhichOneof("matched") == "matched_token_id"
+        delta = reply.push(token_ids[:-1] if ended_by_token else token_ids, last=last)
+        if delta.ended:
             self._tokens = delta.token_count_used
-        return text, delta.stopped
+            kept = max(0, self._tokens - before)
+            token_ids, logprobs = token_ids[:kept], logprobs[:kept]
+        output = Output(
+            token_ids,
+            delta.text,
+            reasoning=delta.reasoning,
+            tool_calls=delta.tool_calls,
+            logprobs=reply.with_bytes(logprobs) if logprobs else logprobs,
+        )
+        return output, delta.ended, delta.stopped
 
     def _finished(
         self, output: Output, *, finished: generate_pb2.Finished | None = None, stopped: str | None = None
@@ -124,8 +130,11 @@ class Answer:
         matched = None
         if finished is not None and finished.WhichOneof("matched") == "matched_token_id":
             matched = finished.matched_token_id
+        reason = FinishReason.STOP if finished is None else _FINISH_REASONS[finished.reason]
+        if reason is FinishReason.STOP and self._reply is not None and self._reply.called:
+            reason = FinishReason.TOOL_CALLS
         self.complete = Finished(
-            reason=FinishReason.STOP if finished is None else _FINISH_REASONS[finished.reason],
+            reason=reason,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self._tokens,
             cached_prompt_tokens=self._cached,

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError, invalid
 from kvbaton.v1 import generate_pb2
+from services.frontend.request.chat import Chat, read_chat
+from services.frontend.request.chat_answer import ChatAnswer, Thinking, plan_answer
+from services.frontend.request.reply import ReplyFormat
 from services.frontend.router.worker import Worker
-from services.frontend.text import (
-    ChatMessage,
-    ChatTemplateError,
-    IncrementalDetokenizer,
-    InvalidMessagesError,
-    InvalidTextError,
-    StopStringMatcher,
-    TextOutput,
-    TokenizerError,
-)
+from services.frontend.text import ChatTemplateError, InvalidMessagesError, InvalidTextError, TokenizerError
 from services.frontend.text_models import TextModel
 from services.requests import Limits, Sampling, check_logprobs, check_prompt, check_sampling, check_stops
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that any pair of its model can run. `text` turns its tokens into text, None without a tokenizer.
+    """A request that any pair of its model can run. `text` is what its tokens become, None without a tokenizer.
 
     `logprobs` is how many of the likeliest tokens come with each token, None without log probabilities.
     """
@@ -36,8 +30,18 @@ class PreparedRequest:
     model: str
     token_ids: list[int]
     sampling: Sampling
-    text: TextOutput | None
+    text: ReplyFormat | None
     logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """What the engine begins with, and the field that it comes from; of a chat also how its answer is read and held."""
+
+    token_ids: Sequence[int]
+    field: str
+    answer: ChatAnswer | None = None
+    thinking: Thinking = Thinking.CLOSED
 
 
 async def prepare(
@@ -52,17 +56,19 @@ async def prepare(
     logprobs = check_logprobs(request)
     # Cheap checks first, with a prompt of one token: bad sampling costs no tokenization.
     check_sampling(_without_length(request.sampling), prompt_tokens=1, limits=limits)
-    ids, field = await _token_ids(request, worker, limits)
-    token_ids = check_prompt(ids, limits, field=field)
+    prompt = await _prompt(request, worker, limits)
+    token_ids = check_prompt(prompt.token_ids, limits, field=prompt.field)
     sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=limits)
     if stops and worker.text is None:
         raise _no_tokenizer("sampling.stop", worker)
+    if prompt.answer is not None:
+        sampling = replace(sampling, grammar=prompt.answer.grammar(sampling.grammar, prompt.thinking))
     return PreparedRequest(
         request_id=request_id,
         model=worker.record.model.name,
         token_ids=token_ids,
         sampling=sampling,
-        text=_text_output(request, worker.text, token_ids, stops),
+        text=_reply_format(request, worker.text, prompt, stops),
         logprobs=logprobs,
     )
 
@@ -84,22 +90,23 @@ def _without_length(params: generate_pb2.SamplingParams) -> generate_pb2.Samplin
     return cheap
 
 
-async def _token_ids(
-    request: generate_pb2.GenerateRequest, worker: Worker, limits: Limits
-) -> tuple[Sequence[int], str]:
-    """The prompt's tokens, and the field that they come from."""
+async def _prompt(request: generate_pb2.GenerateRequest, worker: Worker, limits: Limits) -> _Prompt:
     match request.WhichOneof("input"):
         case "token_ids":
-            return request.token_ids.ids, "token_ids"
+            return _Prompt(request.token_ids.ids, "token_ids")
         case "text":
             if not request.text:
                 raise invalid("text", "the prompt is empty")
             text_model = _require_text(worker, "text")
-            return await _encode(text_model, request.text, "text", limits, add_special_tokens=True), "text"
+            return _Prompt(await _encode(text_model, request.text, "text", limits, add_special_tokens=True), "text")
         case "chat":
             text_model = _require_text(worker, "chat")
-            prompt = await _render(request.chat, text_model)
-            return await _encode(text_model, prompt, "chat", limits, add_special_tokens=False), "chat"
+            chat = read_chat(request.chat)
+            has_grammar = request.sampling.WhichOneof("grammar") is not None
+            answer = plan_answer(chat, worker.record.runtime, limits, has_grammar=has_grammar)
+            text = await _render(chat, text_model)
+            ids = await _encode(text_model, text, "chat", limits, add_special_tokens=False)
+            return _Prompt(ids, "chat", answer, answer.thinking(text))
         case _:
             raise invalid("input", "missing: one of text, chat or token_ids")
 
@@ -120,26 +127,28 @@ async def _encode(
         raise invalid(field, str(error)) from error
 
 
-async def _render(chat: generate_pb2.ChatInput, text_model: TextModel) -> str:
-    if not chat.messages:
-        raise invalid("chat.messages", "no message")
-    for index, message in enumerate(chat.messages):
-        if not message.role:
-            raise invalid(f"chat.messages[{index}].role", "missing")
+async def _render(chat: Chat, text_model: TextModel) -> str:
     if isinstance(text_model.chat, ChatTemplateError):
-        raise RequestError(
-            grpc.StatusCode.FAILED_PRECONDITION, Reason.NO_TOKENIZER, f"chat: {text_model.chat}", field="chat"
-        )
-    messages = [ChatMessage(m.role, m.content, m.name or None) for m in chat.messages]
-    add_generation_prompt = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+        raise _unusable_template(text_model.chat)
+    tools = chat.tools.for_template()
+    if tools is not None and not text_model.chat.takes_tools:
+        raise invalid("chat.tools", "the model's chat template does nothing with tools: the model would not know them")
     try:
-        return await asyncio.to_thread(text_model.chat.render, messages, add_generation_prompt=add_generation_prompt)
+        return await asyncio.to_thread(
+            text_model.chat.render,
+            chat.messages,
+            add_generation_prompt=chat.add_generation_prompt,
+            tools=tools,
+            template_arguments=chat.template_arguments,
+        )
     except InvalidMessagesError as error:
         raise invalid("chat.messages", str(error)) from error
     except ChatTemplateError as error:
-        raise RequestError(
-            grpc.StatusCode.FAILED_PRECONDITION, Reason.NO_TOKENIZER, f"chat: {error}", field="chat"
-        ) from error
+        raise _unusable_template(error) from error
+
+
+def _unusable_template(error: ChatTemplateError) -> RequestError:
+    return RequestError(grpc.StatusCode.FAILED_PRECONDITION, Reason.NO_TOKENIZER, f"chat: {error}", field="chat")
 
 
 def _require_text(worker: Worker, field: str) -> TextModel:
@@ -157,14 +166,19 @@ def _no_tokenizer(field: str, worker: Worker) -> RequestError:
     )
 
 
-def _text_output(
-    request: generate_pb2.GenerateRequest, text_model: TextModel | None, prompt: list[int], stops: tuple[str, ...]
-) -> TextOutput | None:
+def _reply_format(
+    request: generate_pb2.GenerateRequest, text_model: TextModel | None, prompt: _Prompt, stops: tuple[str, ...]
+) -> ReplyFormat | None:
     if text_model is None:
         return None
-    params = request.sampling
-    skip = params.skip_special_tokens if params.HasField("skip_special_tokens") else True
-    # Behind a text prompt the answer continues its last character and word; a chat answer starts afresh.
-    behind = () if request.WhichOneof("input") == "chat" else prompt
-    detokenizer = IncrementalDetokenizer(text_model.tokenizer, skip_special_tokens=skip, prompt_ids=behind)
-    return TextOutput(detokenizer, StopStringMatcher(stops) if stops else None)
+    params, answer = request.sampling, prompt.answer
+    return ReplyFormat(
+        text_model.tokenizer,
+        skip_special_tokens=params.skip_special_tokens if params.HasField("skip_special_tokens") else True,
+        # Behind a text prompt the answer continues its last character and word; a chat answer starts afresh.
+        prompt=() if answer is not None else prompt.token_ids,
+        stops=stops,
+        parser=None if answer is None else answer.parser_factory(prompt.thinking),
+        markers=() if answer is None else answer.markers,
+        single=answer is not None and answer.single,
+    )

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kvbaton.errors import RequestError
+from kvbaton.v1 import worker_pb2
 from kvbaton.v1.generate_pb2 import ChatInput, ChatMessage, GenerateRequest, TokenIds
 from services.frontend.request.prepare import prepare
 from services.frontend.text import ChatTemplate, TextTokenizer
@@ -38,7 +39,8 @@ def tokenizer(tmp_path: Path) -> TextTokenizer:
 def worker_with(tokenizer: TextTokenizer) -> Any:
     chat = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
     return SimpleNamespace(
-        text=TextModel(tokenizer, chat), record=SimpleNamespace(model=SimpleNamespace(name="m")), limits=LIMITS
+        text=TextModel(tokenizer, chat),
+        record=SimpleNamespace(model=SimpleNamespace(name="m"), runtime=worker_pb2.RuntimeConfig()),
     )
 
 
