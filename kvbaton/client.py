@@ -10,10 +10,12 @@ Works against a frontend and, with token ids and a bootstrap, against a single w
 
 from __future__ import annotations
 
+import json
 import sys
 import uuid
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -32,13 +34,42 @@ from kvbaton.v1 import (
     model_pb2,
     model_pb2_grpc,
 )
-from kvbaton.v1.generate_pb2 import Bootstrap, ChatMessage, GenerateRequest, GenerateResponse, SamplingParams
+from kvbaton.v1.generate_pb2 import (
+    Bootstrap,
+    ChatInput,
+    ChatMessage,
+    GenerateRequest,
+    GenerateResponse,
+    SamplingParams,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 
-__all__ = ["Answer", "Bootstrap", "ChatMessage", "Client", "Embeddings", "SamplingParams"]
+__all__ = [
+    "Answer",
+    "AnsweredCall",
+    "Bootstrap",
+    "ChatMessage",
+    "Choice",
+    "Client",
+    "Embeddings",
+    "SamplingParams",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
+]
 
 T = TypeVar("T")
 
 Messages = Sequence[ChatMessage | Mapping[str, Any]]
+Tools = Sequence[Tool | Mapping[str, Any]]
+
+_TOOL_MODES = {
+    "auto": generate_pb2.TOOL_CHOICE_MODE_AUTO,
+    "none": generate_pb2.TOOL_CHOICE_MODE_NONE,
+    "required": generate_pb2.TOOL_CHOICE_MODE_REQUIRED,
+}
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
@@ -52,20 +83,82 @@ _OPTIONS = (
 )
 
 
-class Answer:
-    """A whole answer: all of its tokens and text, and how it ended."""
+@dataclass
+class AnsweredCall:
+    """A function that the model calls."""
+
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    """As the model wrote them: most likely a JSON object."""
+
+
+class Choice:
+    """One of the answers to a request: all of its tokens and what they say, and how it ended."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.text = ""
+        self.reasoning = ""
+        self.tool_calls: list[AnsweredCall] = []
+        self.logprobs: list[generate_pb2.TokenLogprob] = []
         self.finished = generate_pb2.Finished()
 
     def add(self, chunk: GenerateResponse) -> None:
-        """One more message of the stream."""
+        """One more message of this choice."""
         self.token_ids.extend(chunk.token_ids)
         self.text += chunk.text
+        self.reasoning += chunk.reasoning
+        self.logprobs.extend(chunk.logprobs)
+        for delta in chunk.tool_calls:
+            if delta.index == len(self.tool_calls):
+                self.tool_calls.append(AnsweredCall(delta.id, delta.name))
+            self.tool_calls[delta.index].arguments += delta.arguments
         if chunk.HasField("finished"):
             self.finished = chunk.finished
+
+
+class Answer:
+    """A whole answer: its `choices`, as many as `n` asks for. The other attributes are those of the first."""
+
+    def __init__(self) -> None:
+        self.choices: list[Choice] = [Choice()]
+
+    def add(self, chunk: GenerateResponse) -> None:
+        """One more message of the stream."""
+        while len(self.choices) <= chunk.index:
+            self.choices.append(Choice())
+        self.choices[chunk.index].add(chunk)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the first choice."""
+        return self.choices[0].token_ids
+
+    @property
+    def text(self) -> str:
+        """Of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def reasoning(self) -> str:
+        """Of the first choice."""
+        return self.choices[0].reasoning
+
+    @property
+    def tool_calls(self) -> list[AnsweredCall]:
+        """Of the first choice."""
+        return self.choices[0].tool_calls
+
+    @property
+    def logprobs(self) -> list[generate_pb2.TokenLogprob]:
+        """Of the first choice."""
+        return self.choices[0].logprobs
+
+    @property
+    def finished(self) -> generate_pb2.Finished:
+        """Of the first choice."""
+        return self.choices[0].finished
 
 
 class Embeddings:
@@ -126,16 +219,32 @@ class Client:
         model: str = "",
         request_id: str = "",
         bootstrap: Bootstrap | None = None,
+        tools: Tools = (),
+        tool_choice: ToolChoice | str | None = None,
+        parallel_tool_calls: bool | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        separate_reasoning: bool | None = None,
+        n: int | None = None,
+        logprobs: int | None = None,
         timeout: float | None = None,
         trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[GenerateResponse]:
-        """The answer as it comes; the last message has `finished`. Exactly one of text, chat and token_ids.
+        """The answer as it comes; the last message of each choice has `finished`. Exactly one of text, chat, token_ids.
 
-        `trace_headers` are the caller's W3C trace context: `traceparent`, `tracestate`.
+        Beside a chat: `tools` and `tool_choice` ("auto", "none", "required" or a function's name),
+        `parallel_tool_calls`, `template_arguments`, `separate_reasoning`, as in `ChatInput`. `n` choices; `logprobs`
+        asks for each token's log probability and those of so many likely ones. `trace_headers` are the caller's W3C
+        trace context: `traceparent`, `tracestate`.
+
         Leaving the iterator early cancels the request. Raises RequestError.
         """
-        request = _request(text, chat, token_ids)
+        options = _chat_options(tools, tool_choice, parallel_tool_calls, template_arguments, separate_reasoning)
+        request = _request(text, chat, token_ids, options)
         request.model, request.request_id = model, request_id or uuid.uuid4().hex
+        if n is not None:
+            request.n = n
+        if logprobs is not None:
+            request.logprobs = logprobs
         if sampling is not None:
             request.sampling.CopyFrom(sampling)
         if bootstrap is not None:
@@ -160,6 +269,13 @@ class Client:
         model: str = "",
         request_id: str = "",
         bootstrap: Bootstrap | None = None,
+        tools: Tools = (),
+        tool_choice: ToolChoice | str | None = None,
+        parallel_tool_calls: bool | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        separate_reasoning: bool | None = None,
+        n: int | None = None,
+        logprobs: int | None = None,
         timeout: float | None = None,
         trace_headers: Mapping[str, str] | None = None,
     ) -> Answer:
@@ -173,6 +289,13 @@ class Client:
             model=model,
             request_id=request_id,
             bootstrap=bootstrap,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            template_arguments=template_arguments,
+            separate_reasoning=separate_reasoning,
+            n=n,
+            logprobs=logprobs,
             timeout=timeout,
             trace_headers=trace_headers,
         ):
@@ -236,16 +359,47 @@ def bearer(api_key: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
-def _request(text: str | None, chat: Messages | None, token_ids: Iterable[int] | None) -> GenerateRequest:
+def _request(
+    text: str | None, chat: Messages | None, token_ids: Iterable[int] | None, options: ChatInput
+) -> GenerateRequest:
     given = [name for name, value in (("text", text), ("chat", chat), ("token_ids", token_ids)) if value is not None]
     if len(given) != 1:
         raise invalid("input", f"exactly one of text, chat and token_ids, not {' and '.join(given) or 'none'}")
+    if chat is not None:
+        options.messages.extend(m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in chat)
+        return GenerateRequest(chat=options)
+    if fields := options.ListFields():
+        raise invalid(f"chat.{fields[0][0].name}", "only with a chat")
     if text is not None:
         return GenerateRequest(text=text)
-    if chat is not None:
-        messages = [m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in chat]
-        return GenerateRequest(chat=generate_pb2.ChatInput(messages=messages))
     return GenerateRequest(token_ids=generate_pb2.TokenIds(ids=token_ids or ()))
+
+
+def _chat_options(
+    tools: Tools,
+    tool_choice: ToolChoice | str | None,
+    parallel_tool_calls: bool | None,
+    template_arguments: Mapping[str, Any] | None,
+    separate_reasoning: bool | None,
+) -> ChatInput:
+    if isinstance(tool_choice, str):
+        mode = _TOOL_MODES.get(tool_choice)
+        tool_choice = ToolChoice(function=tool_choice) if mode is None else ToolChoice(mode=mode)
+    return ChatInput(
+        tools=[tool if isinstance(tool, Tool) else _tool(tool) for tool in tools],
+        tool_choice=tool_choice,
+        parallel_tool_calls=parallel_tool_calls,
+        template_arguments=json.dumps(dict(template_arguments)) if template_arguments else "",
+        separate_reasoning=separate_reasoning,
+    )
+
+
+def _tool(tool: Mapping[str, Any]) -> Tool:
+    """Its fields, with `parameters` as an object or as text."""
+    fields: dict[str, Any] = dict(tool)
+    if isinstance(fields.get("parameters"), Mapping):
+        fields["parameters"] = json.dumps(fields["parameters"])
+    return Tool(**fields)
 
 
 def _embed_input(value: str | Iterable[int]) -> embed_pb2.EmbedInput:

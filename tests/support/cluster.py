@@ -7,7 +7,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from kvbaton.client import Client
 from kvbaton.v1 import worker_pb2
@@ -76,11 +76,15 @@ class FakeCluster:
         *,
         built: bool = True,
         bootstrap_answers: bool = True,
+        engine: Any = None,
         pool_tokens: int = 4096,
         **options: object,
     ) -> HostedWorker:
-        """A worker; with `built=False` its engine stays unbuilt until the test says `engine_built`."""
-        engine = FakeEngine(role, self.rooms, behaviour, pool_tokens=pool_tokens)
+        """A worker; with `built=False` its engine stays unbuilt until the test says `engine_built`.
+
+        `engine` takes the fake one's place; one with a bootstrap server of its own needs no `bootstrap_answers`.
+        """
+        engine = engine or FakeEngine(role, self.rooms, behaviour, pool_tokens=pool_tokens)
         config = WorkerConfig(
             role=role,
             port=free_port(),

@@ -161,6 +161,8 @@ class SimulatedEngine:
             bos_token_id=BOS_TOKEN,
             seeded_sampling=True,
             grammar_backend=options.grammar_backend,
+            tool_call_parser=options.tool_call_parser,
+            reasoning_parser=options.reasoning_parser,
             has_kv_events=self.role in (Role.PREFILL, Role.AGGREGATED) and options.prefix_cache,
             embedding=self._embedding_size(),
         )

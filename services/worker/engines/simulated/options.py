@@ -41,6 +41,9 @@ class SimulatedOptions:
     """
     grammars: bool = False
     """Takes grammars, checks them a little and answers as if there were none; with a script it always does."""
+    tool_call_parser: str = ""
+    reasoning_parser: str = ""
+    """By SGLang's names: what the worker's record says of the model. The engine itself makes nothing of them."""
 
     start_seconds: float = 0.0
     prefill_base: float = 0.0005
