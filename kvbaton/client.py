@@ -118,47 +118,26 @@ class Choice:
             self.finished = chunk.finished
 
 
-class Answer:
-    """A whole answer: its `choices`, as many as `n` asks for. The other attributes are those of the first."""
+class Answer(Choice):
+    """A whole answer: the first choice, and those beside it where `n` asks for more."""
 
     def __init__(self) -> None:
-        self.choices: list[Choice] = [Choice()]
+        super().__init__()
+        self._others: list[Choice] = []
+
+    @property
+    def choices(self) -> list[Choice]:
+        """All of them, the answer itself first."""
+        return [self, *self._others]
 
     def add(self, chunk: GenerateResponse) -> None:
         """One more message of the stream."""
-        while len(self.choices) <= chunk.index:
-            self.choices.append(Choice())
-        self.choices[chunk.index].add(chunk)
-
-    @property
-    def token_ids(self) -> list[int]:
-        """Of the first choice."""
-        return self.choices[0].token_ids
-
-    @property
-    def text(self) -> str:
-        """Of the first choice."""
-        return self.choices[0].text
-
-    @property
-    def reasoning(self) -> str:
-        """Of the first choice."""
-        return self.choices[0].reasoning
-
-    @property
-    def tool_calls(self) -> list[AnsweredCall]:
-        """Of the first choice."""
-        return self.choices[0].tool_calls
-
-    @property
-    def logprobs(self) -> list[generate_pb2.TokenLogprob]:
-        """Of the first choice."""
-        return self.choices[0].logprobs
-
-    @property
-    def finished(self) -> generate_pb2.Finished:
-        """Of the first choice."""
-        return self.choices[0].finished
+        if not chunk.index:
+            super().add(chunk)
+            return
+        while len(self._others) < chunk.index:
+            self._others.append(Choice())
+        self._others[chunk.index - 1].add(chunk)
 
 
 class Embeddings:

@@ -60,8 +60,8 @@ class Scripted:
         self._tokenizer = TextTokenizer(folder)
         self._template = ChatTemplate.from_folder(folder, {})
 
-    async def start(self, **parsers: str) -> None:
-        options = SimulatedOptions(vocab_size=300, **parsers)  # type: ignore[arg-type]
+    async def start(self, *, decode_step: float = 0.0002, **parsers: str) -> None:
+        options = SimulatedOptions(vocab_size=300, decode_step=decode_step, **parsers)  # type: ignore[arg-type]
         for role in (Role.PREFILL, Role.DECODE):
             port = free_port()
             engine = SimulatedEngine(role, options, Addresses(bootstrap_port=port))
@@ -118,7 +118,7 @@ async def test_calls_come_beside_the_text_with_a_finish_of_their_own(scripted: S
 
 
 async def test_deltas_stream_while_the_model_writes(scripted: Scripted) -> None:
-    await scripted.start(tool_call_parser="qwen25")
+    await scripted.start(tool_call_parser="qwen25", decode_step=0.005)
     scripted.plays(CALL, tools=[WEATHER])
     deltas = [
         delta
