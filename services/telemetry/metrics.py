@@ -6,7 +6,15 @@ import asyncio
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from services.telemetry.gaps import GapHistogram
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# Choosing workers takes microseconds, tokenizing and handing over milliseconds, waiting and generating minutes.
+_PHASE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
+_TOKEN_GAP_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05),
+    *(0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30),
+)
 
 # Worker: legs, by role and outcome: finished, aborted, refused (by the engine), dead (the engine), INTERNAL.
 WORKER_LEGS = Counter("kvbaton_worker_legs", "Legs that a worker has ended.", ["role", "outcome"])
@@ -24,15 +32,33 @@ KV_GAPS = Counter("kvbaton_worker_kv_gaps", "Gaps in an engine's KV events: fill
 # Frontend: requests, by model and outcome (finished, or the gRPC status name of the error).
 REQUESTS = Counter("kvbaton_requests", "Requests that the frontend has ended.", ["model", "outcome"])
 LIVE_REQUESTS = Gauge("kvbaton_live_requests", "Requests accepted and not ended.")
-QUEUED_REQUESTS = Gauge("kvbaton_queued_requests", "Requests that wait for a decode worker's credit.")
+QUEUED_REQUESTS = Gauge("kvbaton_queued_requests", "Requests that wait for a decode worker's credit.", ["model"])
 PROMPT_TOKENS = Counter("kvbaton_prompt_tokens", "Prompt tokens of finished requests.", ["model"])
 COMPLETION_TOKENS = Counter("kvbaton_completion_tokens", "Tokens generated for finished requests.", ["model"])
+# Of finished requests, and of each of their choices. Tokenization and routing are parts of the queue phase.
 PHASE_SECONDS = Histogram(
-    "kvbaton_phase_seconds", "Seconds in each phase: queue, prefill, transfer, decode.", ["phase"], buckets=_SECONDS
+    "kvbaton_phase_seconds",
+    "Seconds in each phase: tokenization, queue, routing, prefill, transfer, decode.",
+    ["model", "phase"],
+    buckets=_PHASE_SECONDS,
 )
 TIME_TO_FIRST_TOKEN_SECONDS = Histogram(
     "kvbaton_time_to_first_token_seconds", "Received until the first token.", ["model"], buckets=_SECONDS
 )
+# Of every request that streams, while it streams. The mean is what others call time per output token.
+INTER_TOKEN_LATENCY_SECONDS = GapHistogram(
+    "kvbaton_inter_token_latency_seconds",
+    "From one token to the next; tokens that came together share the time since those before them.",
+    _TOKEN_GAP_SECONDS,
+)
+REQUEST_DURATION_SECONDS = Histogram(
+    "kvbaton_request_duration_seconds",
+    "Received until workers have let go of the request.",
+    ["model", "outcome"],
+    buckets=_SECONDS,
+)
+# Call: Tokenize, Detokenize.
+TEXT_REQUESTS = Counter("kvbaton_text_requests", "Calls of TextService, over HTTP too.", ["call", "outcome"])
 ROUTABLE_WORKERS = Gauge("kvbaton_routable_workers", "Workers that requests can be sent to.", ["role"])
 
 # Frontend: embedding requests, by model and outcome as above.

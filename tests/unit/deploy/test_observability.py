@@ -19,6 +19,7 @@ from services.config.worker import WorkerConfig
 from services.modes import mode_of
 from services.requests import Role
 from services.telemetry import metrics
+from services.telemetry.gaps import GapHistogram
 from tests.unit.deploy.conftest import ROOT, Resource
 
 FOLDER = ROOT / "deploy" / "observability"
@@ -31,6 +32,8 @@ def own_metrics() -> dict[str, set[str]]:
     """Every sample name that services/telemetry/metrics.py can export, with its labels."""
     samples: dict[str, set[str]] = {}
     for metric in vars(metrics).values():
+        if isinstance(metric, GapHistogram):
+            samples |= {f"{metric.name}_{part}": {"model", "le"} for part in ("bucket", "sum", "count")}
         if not isinstance(metric, Counter | Gauge | Histogram):
             continue
         labels = set(metric._labelnames)
