@@ -20,8 +20,8 @@ class FrontendConfig:
 
     link: Literal["streams", "session"] = flag("session", "one session per worker, or one gRPC stream per leg")
     heartbeat: float = flag(0.5, "seconds; a worker that is silent for two of them gets no new work (session)")
-    max_live_requests: int = flag(4096, "requests accepted at once; more get RESOURCE_EXHAUSTED")
-    max_queued_requests: int = flag(1024, "requests that wait for workers; more get RESOURCE_EXHAUSTED")
+    max_live_requests: int = flag(4096, "requests accepted at once, of all models; more get RESOURCE_EXHAUSTED")
+    max_queued_requests: int = flag(1024, "requests of one model that wait for workers; more get RESOURCE_EXHAUSTED")
     max_buffered_bytes: int = flag(1 << 20, "bytes of an answer that its client may leave unread before it is ended")
     ready_queue_timeout: float = flag(5.0, "seconds that requests wait while no workers serve their model")
     queue_timeout: float = flag(30.0, "seconds until a request has workers")

@@ -78,11 +78,13 @@ class FakeCluster:
         bootstrap_answers: bool = True,
         engine: Any = None,
         pool_tokens: int = 4096,
+        model_folder: Path | None = None,
         **options: object,
     ) -> HostedWorker:
         """A worker; with `built=False` its engine stays unbuilt until the test says `engine_built`.
 
         `engine` takes the fake one's place; one with a bootstrap server of its own needs no `bootstrap_answers`.
+        `model_folder` is where its tokenizer is, if not where the cluster's is.
         """
         engine = engine or FakeEngine(role, self.rooms, behaviour, pool_tokens=pool_tokens)
         config = WorkerConfig(
@@ -99,7 +101,7 @@ class FakeCluster:
         if role is Role.PREFILL and bootstrap_answers:
             await self._stack.enter_async_context(_bootstrap_server(config.disaggregation_bootstrap_port))
         identity = worker_pb2.ModelIdentity(name=config.served_model_name or MODEL, path=MODEL, revision="r1")
-        host = WorkerHost(config, contract_of, lambda: (self._model_folder, identity))
+        host = WorkerHost(config, contract_of, lambda: (model_folder or self._model_folder, identity))
         listening = asyncio.Event()
         worker = HostedWorker(host, engine, config, asyncio.create_task(host.run(listening.set)))
         self.workers.append(worker)

@@ -23,13 +23,17 @@ class Ticket:
         priority: int,
         number: int,
         excluded: frozenset[str] = frozenset(),
+        held: bool = False,
         leave: Callable[[Ticket], None],
     ) -> None:
-        """`excluded` are instance ids that the request must do without."""
+        """`excluded` are instance ids that the request must do without; a `held` ticket has a place but no turn."""
         self.model = model
         self.priority = priority
         self.number = number
         self.excluded = excluded
+        self.held = held
+        self.prefers = ""
+        """The prefill worker to take before others: its cache has the prompt."""
         self.entered = time.monotonic()
         self.waiting = True
         self._leave = leave

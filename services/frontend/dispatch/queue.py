@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ class DispatchQueue:
     """Belongs to the event loop. Told by `workers_changed` and `credits_came`; all its methods return at once."""
 
     def __init__(self, router: Router, pairs: PairChecks, *, limit: int, ready_timeout: float) -> None:
-        """At most `limit` requests wait at a time, and for `ready_timeout` seconds while there are no workers."""
+        """At most `limit` requests of a model wait, and for `ready_timeout` seconds while there are no workers."""
         self._router = router
         self._pairs = pairs
         self._limit = limit
@@ -41,7 +41,8 @@ class DispatchQueue:
         self._giving_up: dict[str, asyncio.TimerHandle] = {}
         self._lines: dict[str, Line] = {}
         self._numbers = itertools.count()
-        self._priorities: Counter[int] = Counter()
+        # By model: those that wait or are held, by priority.
+        self._priorities: defaultdict[str, Counter[int]] = defaultdict(Counter)
         # By model, until workers or pairs change.
         self._usable: dict[str, dict[Worker, Target]] = {}
         self._kept: dict[str, list[Target]] = {}
@@ -50,15 +51,36 @@ class DispatchQueue:
         pairs.on_change(self._serve_all)
 
     def __len__(self) -> int:
-        return self._priorities.total()
+        return sum(priorities.total() for priorities in self._priorities.values())
 
     def enter(self, model: str, *, priority: int = 0) -> Ticket:
         """A place in the line. Raises RequestError: RESOURCE_EXHAUSTED when full, UNAVAILABLE when nobody can serve."""
+        return self.enter_all(model, 1, priority=priority)[0]
+
+    def enter_all(self, model: str, count: int, *, priority: int = 0) -> list[Ticket]:
+        """So many places one behind the other, or none; all but the first are held until `release`.
+
+        Raises RequestError as `enter`.
+        """
         if not self._possible(model):
             raise self._router.no_worker(model)
-        if len(self) >= self._limit:
-            self._make_room(priority)
-        return self._add(Ticket(model, priority=priority, number=next(self._numbers), leave=self._left))
+        self._make_room(model, count, priority)
+        tickets = [
+            Ticket(model, priority=priority, number=next(self._numbers), held=index > 0, leave=self._left)
+            for index in range(count)
+        ]
+        for ticket in tickets[1:]:
+            self._count(ticket, +1)
+        self._add(tickets[0])
+        return tickets
+
+    def release(self, ticket: Ticket, *, prefers: str = "") -> None:
+        """A held ticket gets its turn, if it has not left; on the prefill worker of this instance id, if it can."""
+        if not (ticket.waiting and ticket.held):
+            return
+        ticket.held, ticket.prefers = False, prefers
+        self._count(ticket, -1)
+        self._add(ticket)
 
     def enter_again(self, ticket: Ticket, excluded: frozenset[str]) -> Ticket | None:
         """After a failed attempt: at its old place, for workers without `excluded`. None when there are none."""
@@ -95,9 +117,11 @@ class DispatchQueue:
         return ticket
 
     def _left(self, ticket: Ticket) -> None:
+        self._count(ticket, -1)
+        if ticket.held:
+            return
         line = self._lines[ticket.model]
         line.removed(ticket)
-        self._count(ticket, -1)
         self._serve(ticket.model, line)
 
     def _settle(self, ticket: Ticket, result: Placement | RequestError) -> None:
@@ -106,27 +130,32 @@ class DispatchQueue:
         self._count(ticket, -1)
 
     def _count(self, ticket: Ticket, change: int) -> None:
-        self._priorities[ticket.priority] += change
-        if not self._priorities[ticket.priority]:
-            del self._priorities[ticket.priority]
-        metrics.QUEUED_REQUESTS.set(len(self))
+        priorities = self._priorities[ticket.model]
+        priorities[ticket.priority] += change
+        if not priorities[ticket.priority]:
+            del priorities[ticket.priority]
+        metrics.QUEUED_REQUESTS.labels(ticket.model).set(priorities.total())
 
-    def _make_room(self, priority: int) -> None:
-        """The least urgent request leaves for a more urgent one. Raises RequestError when this one is not."""
-        waiting = [ticket for line in self._lines.values() for ticket in line] if self._outranks(priority) else []
-        oldest = min((ticket.entered for line in self._lines.values() for ticket in line), default=time.monotonic())
+    def _make_room(self, model: str, count: int, priority: int) -> None:
+        """The model's least urgent requests leave for more urgent ones. Raises RequestError when that is not enough."""
+        queued = self._priorities[model].total()
+        lacking = queued + count - self._limit
+        if lacking <= 0:
+            return
+        line = self._lines.get(model, ())
+        outranks = priority > min(self._priorities[model], default=priority)
+        outranked = sorted(ticket for ticket in line if ticket.priority < priority) if outranks else []
+        oldest = min((ticket.entered for ticket in line), default=time.monotonic())
         error = RequestError(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             Reason.QUEUE_FULL,
-            f"{len(self)} requests wait for workers, --max-queued-requests is {self._limit}",
+            f"{queued} requests for model {model!r} wait for workers, --max-queued-requests is {self._limit}",
             retry_after=min(max(time.monotonic() - oldest, _SHORTEST_WAIT), _LONGEST_WAIT),
         )
-        if not waiting:
+        if len(outranked) < lacking:
             raise error
-        self._settle(max(waiting), error)
-
-    def _outranks(self, priority: int) -> bool:
-        return priority > min(self._priorities, default=priority)
+        for ticket in outranked[-lacking:]:
+            self._settle(ticket, error)
 
     def _serve_all(self) -> None:
         self._usable.clear()
@@ -188,15 +217,16 @@ class DispatchQueue:
 
     def _use(self, line: Line, target: Target, credit: Credit) -> bool:
         """Spends the credit on a request, or on the proof of its pair."""
+        began = time.monotonic()
         ticket = line.first_for(target)
         if ticket is None:
             return False
         line.turn += 1
         if target.aggregated:
-            self._settle(ticket, Placement(target.decode, credit=credit))
+            self._settle(ticket, Placement(target.decode, credit=credit, routing=time.monotonic() - began))
             return True
-        prefill = self._next_prefill(target, ticket.excluded)
-        placement = Placement(target.decode, prefill, credit)
+        prefill = self._next_prefill(target, ticket)
+        placement = Placement(target.decode, prefill, credit, routing=time.monotonic() - began)
         if self._pairs.state(prefill, target.decode) is PairState.PROVEN:
             self._settle(ticket, placement)
         else:
@@ -205,10 +235,13 @@ class DispatchQueue:
             self._usable.clear()
         return True
 
-    def _next_prefill(self, target: Target, excluded: frozenset[str]) -> Worker:
-        """In turn; each decode worker begins with another one, so that one round uses as many as it can."""
-        prefills = [prefill for prefill in target.prefills if prefill.instance_id not in excluded]
+    def _next_prefill(self, target: Target, ticket: Ticket) -> Worker:
+        """The preferred one, or in turn; each decode worker begins with another, so that one round uses many."""
+        prefills = [prefill for prefill in target.prefills if prefill.instance_id not in ticket.excluded]
         decode = target.decode
+        for prefill in prefills:
+            if prefill.instance_id == ticket.prefers and self._pairs.state(prefill, decode) is PairState.PROVEN:
+                return prefill
         turn = self._prefill_turns.get(decode.instance_id)
         if turn is None:
             turn = list(self._targets(decode.record.model.name)).index(decode)

@@ -26,7 +26,7 @@ class EmbeddingRouter:
 
     def find_model(self, name: str) -> Worker:
         """A worker that knows the model. Raises RequestError as `resolve_name`, and UNAVAILABLE when nothing serves."""
-        return self._routable(resolve_name(name, self._workers.all(), EMBED))[0]
+        return self._routable(resolve_name(name, self._workers, EMBED))[0]
 
     def limits(self, model: str) -> tuple[Limits, EmbeddingSize]:
         """What every worker takes that may embed the model's next request. Raises RequestError when there is none."""
@@ -73,6 +73,6 @@ class EmbeddingRouter:
         return RequestError(
             grpc.StatusCode.UNAVAILABLE,
             Reason.NO_WORKER,
-            f"no embedding worker can be routed to for {subject}{why_unroutable(known)}",
+            f"no embedding worker can be routed to for {subject}{why_unroutable(known, model)}",
             retry_after=1.0,
         )

@@ -13,18 +13,22 @@ from services.frontend.link.protocol import Credit
 from services.frontend.router.served import resolve_name, why_unroutable
 from services.frontend.router.worker import Worker
 from services.frontend.router.worker_set import WorkerSet
-from services.modes import GENERATE
+from services.modes import EMBED, GENERATE
 from services.registry.compat import describe_differences
 from services.requests import Limits, Role
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The workers of one attempt. `prefill` is None when `decode` is an aggregated worker. `credit` is decode's."""
+    """The workers of one attempt. `prefill` is None when `decode` is an aggregated worker. `credit` is decode's.
+
+    `routing` is how many seconds the choice took.
+    """
 
     decode: Worker
     prefill: Worker | None = None
     credit: Credit | None = None
+    routing: float = 0.0
 
     @property
     def workers(self) -> list[Worker]:
@@ -96,11 +100,23 @@ class Router:
 
         Raises RequestError: NOT_FOUND, INVALID_ARGUMENT when the name is needed, UNAVAILABLE when nothing serves.
         """
-        model = resolve_name(name, self._workers.all(), GENERATE)
+        model = resolve_name(name, self._workers, GENERATE)
         targets = self.targets(model)
         if not targets:
             raise self.no_worker(model)
         return targets[0].decode
+
+    def find_text(self, name: str) -> tuple[Worker, Limits]:
+        """A worker that has the tokenizer of a model that `models` has, and what all of the model's workers take.
+
+        Raises RequestError as `find_model`, for embedding models too.
+        """
+        model = resolve_name(name, self._workers, GENERATE, EMBED)
+        if targets := self.targets(model):
+            return targets[0].decode, self.limits(model)
+        if embedding := self._workers.routable(Role.EMBEDDING, model):
+            return embedding[0], Limits.smallest([worker.limits for worker in embedding])
+        raise self.no_worker(model)
 
     def limits(self, model: str) -> Limits:
         """What every pair that may run the model's next request takes. Raises RequestError when there is none."""
@@ -132,7 +148,7 @@ class Router:
         return RequestError(
             grpc.StatusCode.UNAVAILABLE,
             reason,
-            f"{what} can be routed to for {subject}{why_unroutable(known)}",
+            f"{what} can be routed to for {subject}{why_unroutable(known, model)}",
             retry_after=1.0,
         )
 

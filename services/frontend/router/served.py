@@ -8,26 +8,29 @@ import grpc
 
 from kvbaton.errors import Reason, RequestError
 from services.frontend.router.worker import Worker
+from services.frontend.router.worker_set import WorkerSet
 from services.modes import mode_of
+from services.requests import Role
 
 
-def resolve_name(name: str, workers: Iterable[Worker], rpc: str) -> str:
-    """The name of the model, which an empty `name` stands for if it is the only one that takes `rpc`.
+def resolve_name(name: str, workers: WorkerSet, *wanted: str) -> str:
+    """The name of the model, which an empty `name` stands for if it is the only one that takes a `wanted` RPC.
 
-    Empty when no worker takes it. Raises RequestError: NOT_FOUND, FAILED_PRECONDITION for a model that takes other
-    requests, INVALID_ARGUMENT when the name is needed.
+    Perhaps of a model whose last worker has left lately: clients are to come again, not to give up. Empty when no
+    worker takes such an RPC. Raises RequestError: NOT_FOUND, FAILED_PRECONDITION for a model that takes other requests,
+    INVALID_ARGUMENT when the name is needed.
     """
-    rpcs: dict[str, set[str]] = {}
-    for worker in workers:
-        rpcs.setdefault(worker.record.model.name, set()).add(mode_of(worker.role).rpc)
-    names = sorted(known for known, taken in rpcs.items() if rpc in taken)
-    if name in names:
+    rpcs = _rpcs_by_name((worker.record.model.name, worker.role) for worker in workers.all())
+    names = sorted(known for known, taken in rpcs.items() if taken.intersection(wanted))
+    left = _rpcs_by_name(workers.left_lately())
+    names_left = sorted(known for known, taken in left.items() if taken.intersection(wanted))
+    if name in names or name in names_left:
         return name
     if name in rpcs:
         raise RequestError(
             grpc.StatusCode.FAILED_PRECONDITION,
             Reason.WRONG_ROLE,
-            f"model: {name!r} takes {' and '.join(sorted(rpcs[name]))} here, not {rpc}",
+            f"model: {name!r} takes {' and '.join(sorted(rpcs[name]))} here, not {' or '.join(wanted)}",
             field="model",
         )
     if name and rpcs:
@@ -44,10 +47,21 @@ def resolve_name(name: str, workers: Iterable[Worker], rpc: str) -> str:
             f"model: missing, and there is more than one: {', '.join(names)}",
             field="model",
         )
-    return name or next(iter(names), "")
+    return name or next(iter(names or names_left), "")
 
 
-def why_unroutable(workers: Iterable[Worker]) -> str:
-    """The reasons of those that can't be routed to, in brackets behind a space; empty when there are none."""
+def _rpcs_by_name(known: Iterable[tuple[str, Role]]) -> dict[str, set[str]]:
+    rpcs: dict[str, set[str]] = {}
+    for name, role in known:
+        rpcs.setdefault(name, set()).add(mode_of(role).rpc)
+    return rpcs
+
+
+def why_unroutable(workers: Iterable[Worker], model: str) -> str:
+    """The reasons of a model's that can't be routed to, in brackets behind a space; empty when there are none.
+
+    An empty `model` means every model.
+    """
+    workers = [worker for worker in workers if not model or worker.record.model.name == model]
     states = "; ".join(f"{worker.instance_id}: {worker.reason}" for worker in workers if not worker.routable)
     return f" ({states})" if states else ""

@@ -7,6 +7,7 @@ etcd was frozen, say) only marks its worker unregistered. It stays routable whil
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -24,6 +25,9 @@ from services.telemetry import metrics
 
 log = structlog.get_logger()
 
+# A model whose last worker has left is unavailable for so long, then unknown: time to load its next worker.
+_REMEMBERED_SECONDS = 600.0
+
 
 class WorkerSet:
     """Use it as an async context manager; it follows the watcher's events until it is left."""
@@ -38,6 +42,8 @@ class WorkerSet:
         # Withdrawn or replaced, with requests that still run.
         self._retiring: set[asyncio.Task[None]] = set()
         self._expiries: dict[WorkerKey, asyncio.TimerHandle] = {}
+        # Until when each is remembered.
+        self._left: dict[tuple[str, Role], float] = {}
         self._listeners: list[Callable[[], None]] = []
         self._credit_listeners: list[Callable[[Worker], None]] = []
         self._following: asyncio.Task[None] | None = None
@@ -70,6 +76,12 @@ class WorkerSet:
             for worker in self._in_order
             if worker.role is role and worker.routable and (model is None or worker.record.model.name == model)
         ]
+
+    def left_lately(self) -> list[tuple[str, Role]]:
+        """Model and role of workers that were withdrawn in the last ten minutes, or did not come back."""
+        now = time.monotonic()
+        self._left = {key: until for key, until in self._left.items() if until > now}
+        return list(self._left)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Called after every change of what is known or routable."""
@@ -135,6 +147,7 @@ class WorkerSet:
         worker = self._workers.pop(key, None)
         if worker is None:
             return
+        self._left[worker.record.model.name, worker.role] = time.monotonic() + _REMEMBERED_SECONDS
         self._sort()
         worker.want_no_credits()
         log.info("worker gone", worker=worker.instance_id, why=why, live_requests=worker.live_requests)

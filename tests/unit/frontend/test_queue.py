@@ -42,10 +42,10 @@ class FakeLink:
 
 
 class FakeWorker:
-    def __init__(self, name: str, role: Role, free: int = 0, window: int = 4) -> None:
+    def __init__(self, name: str, role: Role, free: int = 0, window: int = 4, model: str = MODEL) -> None:
         self.instance_id, self.role = name, role
         self.record = worker_pb2.WorkerRecord(instance_id=name, incarnation=worker_pb2.Incarnation(uuid=name))
-        self.record.model.name = MODEL
+        self.record.model.name = model
         self.link = FakeLink(free, window)
 
     def want_no_credits(self) -> None:
@@ -59,7 +59,7 @@ class FakeRouter:
         self.all = targets
 
     def targets(self, model: str) -> list[Target]:
-        return self.all if model == MODEL else []
+        return [target for target in self.all if target.decode.record.model.name == model]
 
     def known(self) -> list[Any]:
         return [worker for target in self.all for worker in target.workers]
@@ -122,8 +122,14 @@ def result(ticket: Ticket) -> Placement | RequestError | None:
     return results[0] if results else None
 
 
-def decode(name: str = "d0", **values: int) -> FakeWorker:
-    return FakeWorker(name, Role.DECODE, **values)
+def placed(ticket: Ticket) -> Placement:
+    placement = result(ticket)
+    assert isinstance(placement, Placement)
+    return placement
+
+
+def decode(name: str = "d0", *, model: str = MODEL, **values: int) -> FakeWorker:
+    return FakeWorker(name, Role.DECODE, model=model, **values)
 
 
 def test_a_credit_goes_to_the_most_urgent_then_to_the_oldest() -> None:
@@ -202,6 +208,82 @@ def test_a_more_urgent_request_takes_the_place_of_the_least_urgent() -> None:
     assert isinstance(lost, RequestError)
     assert lost.reason is Reason.QUEUE_FULL
     assert (older.waiting, urgent.waiting, len(house.queue)) == (True, True, 2)
+
+
+def test_one_models_full_line_is_not_anothers() -> None:
+    house = House(decode(), other := decode("d1", model="other"), limit=2)
+    crowd = [house.queue.enter(MODEL, priority=-1) for _ in range(2)]
+    ticket = house.queue.enter("other", priority=5)
+    house.grant(other)
+    assert isinstance(result(ticket), Placement)
+    assert all(each.waiting for each in crowd), "nobody leaves for a request of another model"
+    with pytest.raises(RequestError, match="2 requests for model 'm' wait"):
+        house.queue.enter(MODEL, priority=-1)
+
+
+def test_places_are_given_all_or_none() -> None:
+    house = House(decode(), limit=4)
+    house.queue.enter(MODEL)
+    with pytest.raises(RequestError) as caught:
+        house.queue.enter_all(MODEL, 4)
+    assert caught.value.reason is Reason.QUEUE_FULL
+    assert len(house.queue) == 1
+    assert len(house.queue.enter_all(MODEL, 3)) == 3
+    assert len(house.queue) == 4
+    with pytest.raises(RequestError):
+        house.queue.enter(MODEL)
+
+
+def test_an_urgent_request_for_several_places_takes_so_many_or_none() -> None:
+    house = House(decode(), limit=4)
+    low = [house.queue.enter(MODEL) for _ in range(2)]
+    equal = [house.queue.enter(MODEL, priority=1) for _ in range(2)]
+    with pytest.raises(RequestError):
+        house.queue.enter_all(MODEL, 3, priority=1)
+    assert all(ticket.waiting for ticket in (*low, *equal))
+    house.queue.enter_all(MODEL, 2, priority=1)
+    assert [ticket.waiting for ticket in (*low, *equal)] == [False, False, True, True]
+
+
+def test_a_held_place_counts_but_has_no_turn_until_it_is_released() -> None:
+    house = House(worker := decode(free=4), limit=3)
+    first, *held = house.queue.enter_all(MODEL, 3)
+    assert worker.link.asked == 1
+    with pytest.raises(RequestError):
+        house.queue.enter(MODEL)
+    house.grant(worker)
+    later = house.queue.enter(MODEL)
+    for ticket in held:
+        house.queue.release(ticket)
+    assert worker.link.asked == 3
+    house.grant(worker, 2)
+    assert [ticket.waiting for ticket in (first, *held, later)] == [False, False, False, True], "at its old place"
+
+
+def test_a_held_place_that_is_left_is_free_and_stays_out_of_line() -> None:
+    house = House(worker := decode(), limit=2)
+    _, held = house.queue.enter_all(MODEL, 2)
+    held.leave()
+    held.leave()
+    assert len(house.queue) == 1
+    house.queue.release(held)
+    assert (len(house.queue), worker.link.asked) == (1, 1)
+
+
+def test_a_preferred_prefill_worker_is_taken_while_its_pair_works() -> None:
+    house = House(worker := decode(), prefills=3)
+    _, *held = house.queue.enter_all(MODEL, 5)
+    house.grant(worker)
+    for ticket in held[:3]:
+        house.queue.release(ticket, prefers="p1")
+        house.grant(worker)
+    house.pairs.set("p1", "d0", PairState.FAILED)
+    house.pairs.changed()
+    house.queue.release(held[3], prefers="p1")
+    house.grant(worker)
+    chosen = [placement.prefill.instance_id for ticket in held if (placement := placed(ticket)).prefill]
+    assert chosen[:3] == ["p1"] * 3
+    assert chosen[3] != "p1"
 
 
 def test_a_retry_waits_at_its_old_place_for_other_workers() -> None:
