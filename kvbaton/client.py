@@ -33,6 +33,8 @@ from kvbaton.v1 import (
     health_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    text_pb2,
+    text_pb2_grpc,
 )
 from kvbaton.v1.generate_pb2 import (
     Bootstrap,
@@ -179,6 +181,7 @@ class Client:
         self._embed = embed_pb2_grpc.EmbedServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._text = text_pb2_grpc.TextServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -307,6 +310,29 @@ class Client:
         return Embeddings(
             await _typed(self._embed.Embed(request, timeout=timeout or self._timeout, metadata=self._metadata))
         )
+
+    async def tokenize(
+        self, *, text: str | None = None, chat: Messages | None = None, model: str = ""
+    ) -> text_pb2.TokenizeResponse:
+        """The tokens that a frontend makes of a prompt, a text or a chat. Raises RequestError."""
+        prompt = _request(text, chat, None)
+        request = text_pb2.TokenizeRequest(model=model)
+        if text is None:
+            request.chat.CopyFrom(prompt.chat)
+        else:
+            request.text = text
+        return await _typed(self._text.Tokenize(request, **self._call))
+
+    async def detokenize(
+        self,
+        token_ids: Iterable[int],
+        *,
+        model: str = "",
+        skip_special_tokens: bool | None = None,
+    ) -> str:
+        """The text that a frontend makes of tokens. Raises RequestError."""
+        request = text_pb2.DetokenizeRequest(model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        return (await _typed(self._text.Detokenize(request, **self._call))).text
 
     async def abort(self, request_id: str) -> bool:
         """Aborts a live request; False when there was none by that id."""

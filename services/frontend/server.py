@@ -21,6 +21,8 @@ from kvbaton.v1 import (
     health_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    text_pb2,
+    text_pb2_grpc,
 )
 from services.config.frontend import FrontendConfig
 from services.config.limits import LimitFlags
@@ -41,6 +43,7 @@ from services.frontend.servicers.gate import RpcGate
 from services.frontend.servicers.generate import GenerateServicer
 from services.frontend.servicers.health import HealthServicer
 from services.frontend.servicers.model import ModelServicer
+from services.frontend.servicers.text import TextServicer
 from services.frontend.text_models import TextModels
 from services.grpc_health import SERVICE_NAME as GRPC_HEALTH_NAME
 from services.grpc_health import GrpcHealth
@@ -58,6 +61,7 @@ SERVICE_NAMES = (
     embed_pb2.DESCRIPTOR.services_by_name["EmbedService"].full_name,
     health_pb2.DESCRIPTOR.services_by_name["HealthService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    text_pb2.DESCRIPTOR.services_by_name["TextService"].full_name,
 )
 
 # Beside HTTP connections: gRPC clients, workers, etcd, logs.
@@ -170,6 +174,7 @@ class Frontend:
             HealthServicer(self.generation, self.embedding, self.workers), server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(generation), server)
+        text_pb2_grpc.add_TextServiceServicer_to_server(TextServicer(generation), server)
         return (*SERVICE_NAMES, GRPC_HEALTH_NAME)
 
     def _health_changed(self) -> None:

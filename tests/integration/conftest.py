@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tests.support.cluster import FakeCluster
 from tests.support.etcd import etcd_endpoint
@@ -30,6 +30,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def marking_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `model_folder`, with a special token that the post-processor puts before every text."""
+    folder = tmp_path_factory.mktemp("marking")
+    tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<begin>"])
+    begin = tokenizer.token_to_id("<begin>")
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="<begin> $A", special_tokens=[("<begin>", begin)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text((model_folder / "tokenizer_config.json").read_text())
     return folder
 
 

@@ -45,12 +45,12 @@ class GuardedGeneration:
 
     async def tokenize(self, request: text_pb2.TokenizeRequest) -> text_pb2.TokenizeResponse:
         """As `Generation`; PERMISSION_DENIED for a model that the caller may not use."""
-        require_model(request.model, _served(self._inner, GENERATE))
+        require_model(request.model, [info.model.name for info in self._inner.models()])
         return await self._inner.tokenize(request)
 
     async def detokenize(self, request: text_pb2.DetokenizeRequest) -> text_pb2.DetokenizeResponse:
         """As `Generation`; PERMISSION_DENIED for a model that the caller may not use."""
-        require_model(request.model, _served(self._inner, GENERATE))
+        require_model(request.model, [info.model.name for info in self._inner.models()])
         return await self._inner.detokenize(request)
 
     def abort(self, request_id: str) -> bool:

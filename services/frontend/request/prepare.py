@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import grpc
 
 from kvbaton.errors import Reason, RequestError, invalid
-from kvbaton.v1 import generate_pb2
+from kvbaton.v1 import generate_pb2, text_pb2
 from services.frontend.request.chat import Chat, read_chat
 from services.frontend.request.chat_answer import ChatAnswer, Thinking, plan_answer
+from services.frontend.request.choices import sampling_of
 from services.frontend.request.reply import ReplyFormat
 from services.frontend.router.worker import Worker
 from services.frontend.text import ChatTemplateError, InvalidMessagesError, InvalidTextError, TokenizerError
@@ -71,6 +72,49 @@ async def prepare(
         text=_reply_format(request, worker.text, prompt, stops),
         logprobs=logprobs,
     )
+
+
+async def prepare_choices(
+    request: generate_pb2.GenerateRequest, request_id: str, worker: Worker, limits: Limits, choices: int
+) -> list[PreparedRequest]:
+    """`prepare` once for all choices: all but the seed is shared."""
+    first = await prepare(request, request_id, worker, limits)
+    return [replace(first, sampling=sampling_of(first.sampling, choice)) for choice in range(choices)]
+
+
+async def tokenize(request: text_pb2.TokenizeRequest, worker: Worker, limits: Limits) -> text_pb2.TokenizeResponse:
+    """The tokens that `prepare` would make of the same input. Raises RequestError naming the field."""
+    field = request.WhichOneof("input")
+    match field:
+        case "text":
+            if not request.text:
+                raise invalid("text", "the prompt is empty")
+            text_model, prompt = _require_text(worker, "text"), request.text
+        case "chat":
+            text_model = _require_text(worker, "chat")
+            prompt = await _render(read_chat(request.chat), text_model)
+        case _:
+            raise invalid("input", "missing: one of text or chat")
+    add_special_tokens = request.add_special_tokens if request.HasField("add_special_tokens") else field == "text"
+    ids = await _encode(text_model, prompt, field, limits, add_special_tokens=add_special_tokens)
+    token_ids = check_prompt(ids, limits, field=field)
+    tokens = await text_model.tokenizer.spell(token_ids)
+    return text_pb2.TokenizeResponse(token_ids=token_ids, tokens=tokens, context_length=limits.context_length)
+
+
+async def detokenize(
+    request: text_pb2.DetokenizeRequest, worker: Worker, limits: Limits
+) -> text_pb2.DetokenizeResponse:
+    """The text that an answer of these tokens has. Raises RequestError naming the field."""
+    text_model = _require_text(worker, "token_ids")
+    count, most = len(request.token_ids), limits.context_length
+    if count > most:
+        raise invalid("token_ids", f"{count} tokens, more than the context length of {most}")
+    if count and max(request.token_ids) >= limits.vocab_size:
+        raise invalid("token_ids", f"{max(request.token_ids)} is outside the vocabulary of {limits.vocab_size}")
+    skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+    text = await text_model.tokenizer.decode_in_thread(request.token_ids, skip_special_tokens=skip)
+    return text_pb2.DetokenizeResponse(text=text)
 
 
 def _refuse_worker_fields(request: generate_pb2.GenerateRequest) -> None:

@@ -95,6 +95,24 @@ class TextTokenizer:
         except OverflowError as error:
             raise TokenizerError("a token id is negative or needs more than 32 bits") from error
 
+    async def decode_in_thread(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """As `decode`; the event loop goes on meanwhile, and cancelling returns at once."""
+        loop = asyncio.get_running_loop()
+        try:
+            # Of the library's calls only the batch ones release the GIL.
+            (text,) = await loop.run_in_executor(
+                self._executor,
+                lambda: self._tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens),
+            )
+        except OverflowError as error:
+            raise TokenizerError("a token id is negative or needs more than 32 bits") from error
+        return text
+
+    async def spell(self, ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it, empty without one, looked up in a thread. Raises `TokenizerError`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, lambda: [self.token_text(each) or "" for each in ids])
+
     def token_text(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it ("Ġthe", "<0x0A>"), None without one. Raises `TokenizerError`."""
         try:
