@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import grpc
 import structlog
 
-from kvbaton.errors import Reason, RequestError, cancelled
-from kvbaton.v1 import generate_pb2, model_pb2
+from kvbaton.errors import Reason, RequestError, cancelled, invalid
+from kvbaton.v1 import generate_pb2, model_pb2, text_pb2
 from services.config.frontend import FrontendConfig
 from services.early_aborts import EarlyAborts
 from services.frontend.dispatch.line import Ticket
 from services.frontend.dispatch.queue import DispatchQueue
 from services.frontend.request.api import LiveRequest
+from services.frontend.request.choices import check_choices
 from services.frontend.request.deadlines import Deadlines
+from services.frontend.request.fan_out import FanOut, first_alone
+from services.frontend.request.outbox import Outbox
 from services.frontend.request.owner import RequestOwner
-from services.frontend.request.prepare import prepare
+from services.frontend.request.prepare import PreparedRequest, prepare_choices
 from services.frontend.request.trace import RequestTrace
 from services.frontend.router.placement import Router
 from services.frontend.router.worker import Worker
+from services.frontend.text_calls import TextCalls
 from services.requests import check_request_id
 from services.telemetry import metrics
 from services.telemetry.tracing import NO_HEADERS
@@ -33,6 +41,23 @@ log = structlog.get_logger()
 _ABORT_GRACE = 10.0
 
 
+@dataclass(eq=False)
+class _Live:
+    """One client's request from admission until the last leg of its last choice is gone."""
+
+    request_id: str
+    choices: int
+    """That are not gone."""
+    received: float
+    trace: RequestTrace
+    model: str = ""
+    """The served name once it is known: what clients make up is no label."""
+    fan_out: FanOut | None = None
+    """None while the request is being prepared."""
+    ended_early: RequestError | None = None
+    """Why it was ended meanwhile."""
+
+
 class GenerationService:
     """Implements `Generation`."""
 
@@ -40,18 +65,16 @@ class GenerationService:
         self._config = config
         self._router = router
         self._queue = queue
-        # Ids from admission on; the owner is None while the request is being prepared.
-        self._live: dict[str, RequestOwner | None] = {}
-        # Ended while they were being prepared.
-        self._ended_early: dict[str, RequestError] = {}
+        self._text = TextCalls(router, limit=config.max_live_requests)
+        self._live: dict[str, _Live] = {}
+        self._live_choices = 0
         self._early_aborts = EarlyAborts()
-        # Of requests that came while nobody serves their model.
-        self._unready = 0
+        # By the name that clients gave: choices that wait while nobody serves their model.
+        self._unready: Counter[str] = Counter()
         # Set, and replaced, when workers have changed or a request was ended.
         self._news = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
 
     @property
@@ -61,67 +84,65 @@ class GenerationService:
 
     @property
     def live_requests(self) -> int:
-        """Requests accepted and not ended."""
-        return len(self._live)
+        """Requests accepted and not ended, each choice counted."""
+        return self._live_choices
 
     def models(self) -> list[model_pb2.ModelInfo]:
         """See `Generation`."""
         return self._router.models()
 
+    async def tokenize(self, request: text_pb2.TokenizeRequest) -> text_pb2.TokenizeResponse:
+        """See `Generation`."""
+        if self._draining:
+            raise shutting_down()
+        return await self._text.tokenize(request)
+
+    async def detokenize(self, request: text_pb2.DetokenizeRequest) -> text_pb2.DetokenizeResponse:
+        """See `Generation`."""
+        if self._draining:
+            raise shutting_down()
+        return await self._text.detokenize(request)
+
     async def submit(
         self, request: generate_pb2.GenerateRequest, trace_headers: Mapping[str, str] = NO_HEADERS
     ) -> LiveRequest:
         """See `Generation`."""
-        received = time.monotonic()
-        trace = RequestTrace(trace_headers)
-        # The served name once it is known: what clients make up is no label.
-        model = ""
-        request_id = ""
-        ticket: Ticket | None = None
+        live = _Live("", 0, time.monotonic(), RequestTrace(trace_headers))
+        tickets: list[Ticket] = []
         try:
-            request_id = check_request_id(request.request_id) or uuid.uuid4().hex
-            self._admit(request_id)
-            worker = await self._serving(request.model, request_id)
-            model = worker.record.model.name
+            live.request_id = check_request_id(request.request_id) or uuid.uuid4().hex
+            self._admit(live, self._choices(request))
+            worker = await self._serving(request.model, live)
+            live.model = worker.record.model.name
             # Before the prompt is tokenized: the credit comes meanwhile.
-            ticket = self._queue.enter(model, priority=request.priority)
-            prepared = await prepare(request, request_id, worker, self._router.limits(model))
-            if (ended := self._ended_early.get(request_id)) is not None:
-                raise ended
+            tickets = self._queue.enter_all(live.model, live.choices, priority=request.priority)
+            began = time.monotonic()
+            prepared = await prepare_choices(
+                request, live.request_id, worker, self._router.limits(live.model), live.choices
+            )
+            if live.ended_early is not None:
+                raise live.ended_early
         except BaseException as error:
-            if ticket is not None:
+            for ticket in tickets:
                 ticket.leave()
             # Also when the caller left while its prompt was being tokenized. A refused duplicate forgets nothing.
-            if self._live.get(request_id, self) is None:
-                self._forget(request_id)
-            trace.refused(request_id, model, error)
+            if self._live.get(live.request_id) is live:
+                self._forget(live)
+            live.trace.refused(live.request_id, live.model, error)
             if not isinstance(error, RequestError):
                 raise
-            metrics.REQUESTS.labels(model, error.code.name).inc()
-            raise error.with_context(request_id=request_id) from error
-        owner = RequestOwner(
-            prepared,
-            self._queue,
-            ticket,
-            deadlines=self._deadlines(worker, len(prepared.token_ids)),
-            retries=self._config.retries,
-            max_buffered_bytes=self._config.max_buffered_bytes,
-            received=received,
-            trace=trace,
-            ended=self._request_ended,
-        )
-        self._live[request_id] = owner
-        task = owner.start()
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return owner
+            metrics.REQUESTS.labels(live.model, error.code.name).inc()
+            raise error.with_context(request_id=live.request_id) from error
+        as_tokens = request.WhichOneof("input") == "token_ids"
+        tokenization = None if as_tokens else time.monotonic() - began
+        return self._start(live, worker, prepared, tickets, tokenization)
 
     def abort(self, request_id: str) -> bool:
         """See `Generation`."""
         if request_id not in self._live:
             self._early_aborts.remember(request_id)
             return False
-        self._end(request_id, cancelled())
+        self._end(self._live[request_id], cancelled())
         return True
 
     def workers_changed(self) -> None:
@@ -136,36 +157,75 @@ class GenerationService:
             async with asyncio.timeout(timeout):
                 await self._empty.wait()
         except TimeoutError:
-            log.warning("drain timed out", live=len(self._live), seconds=timeout)
+            log.warning("drain timed out", live=self._live_choices, seconds=timeout)
             self.shut_down()
-            if self._tasks:
-                await asyncio.wait(set(self._tasks), timeout=_ABORT_GRACE)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ABORT_GRACE):
+                    await self._empty.wait()
 
     def shut_down(self) -> None:
         """Ends every live request with SHUTTING_DOWN."""
-        for request_id in list(self._live):
-            self._end(request_id, shutting_down())
+        for live in list(self._live.values()):
+            self._end(live, shutting_down())
 
-    def _end(self, request_id: str, error: RequestError) -> None:
-        owner = self._live[request_id]
-        if owner is None:
-            self._ended_early[request_id] = error
+    def _start(
+        self,
+        live: _Live,
+        worker: Worker,
+        prepared: Sequence[PreparedRequest],
+        tickets: Sequence[Ticket],
+        tokenization: float | None,
+    ) -> FanOut:
+        config, prompt_tokens = self._config, len(prepared[0].token_ids)
+        outbox = Outbox(config.max_buffered_bytes, choices=live.choices)
+        live.fan_out = fan_out = FanOut(
+            live.request_id,
+            outbox,
+            prompt_tokens=prompt_tokens,
+            choice_gone=partial(self._choice_gone, live),
+            ended=partial(self._ended, live),
+        )
+        owners = [
+            RequestOwner(
+                each,
+                self._queue,
+                ticket,
+                outbox=outbox,
+                progress=fan_out,
+                deadlines=self._deadlines(worker, prompt_tokens),
+                retries=config.retries,
+                received=live.received,
+                tokenization=tokenization,
+                trace=live.trace,
+                choice=choice,
+            )
+            for choice, (each, ticket) in enumerate(zip(prepared, tickets, strict=True))
+        ]
+        targets = self._router.targets(live.model)
+        alone = first_alone(targets, prompt_tokens=prompt_tokens, choices=live.choices)
+        fan_out.start(owners, first_alone=alone)
+        return fan_out
+
+    def _end(self, live: _Live, error: RequestError) -> None:
+        if live.fan_out is None:
+            live.ended_early = error
             self.workers_changed()  # it may wait for them
         else:
-            owner.end(error)
+            live.fan_out.end(error)
 
-    async def _serving(self, model: str, request_id: str) -> Worker:
+    async def _serving(self, model: str, live: _Live) -> Worker:
         """A worker that knows the model, waiting a while for one that serves it. Raises RequestError."""
         try:
             return self._router.find_model(model)
         except RequestError as error:
-            if error.code is not grpc.StatusCode.UNAVAILABLE or self._unready >= self._config.max_queued_requests:
+            full = self._unready[model] + live.choices > self._config.max_queued_requests
+            if error.code is not grpc.StatusCode.UNAVAILABLE or full:
                 raise
             unready = error
-        self._unready += 1
+        self._unready[model] += live.choices
         try:
             async with asyncio.timeout(self._config.ready_queue_timeout):
-                while request_id not in self._ended_early:
+                while live.ended_early is None:
                     await self._news.wait()
                     try:
                         return self._router.find_model(model)
@@ -176,8 +236,10 @@ class GenerationService:
         except TimeoutError:
             raise unready from None
         finally:
-            self._unready -= 1
-        raise self._ended_early[request_id]
+            self._unready[model] -= live.choices
+            if not self._unready[model]:
+                del self._unready[model]
+        raise live.ended_early
 
     def _deadlines(self, worker: Worker, prompt_tokens: int) -> Deadlines:
         config = self._config
@@ -190,70 +252,60 @@ class GenerationService:
             total=config.total_timeout,
         )
 
-    def _admit(self, request_id: str) -> None:
+    def _choices(self, request: generate_pb2.GenerateRequest) -> int:
+        """How many; none are refused that fit when nothing else runs. Raises RequestError naming `n`."""
+        choices = check_choices(request)
+        for flag in ("max_live_requests", "max_queued_requests"):
+            if choices > (most := getattr(self._config, flag)):
+                raise invalid("n", f"{choices} requests at once, --{flag.replace('_', '-')} is {most}")
+        return choices
+
+    def _admit(self, live: _Live, choices: int) -> None:
         if self._draining:
             raise shutting_down()
-        if request_id in self._live:
+        if live.request_id in self._live:
             raise RequestError(
                 grpc.StatusCode.ALREADY_EXISTS,
                 Reason.DUPLICATE_REQUEST_ID,
-                f"request_id: {request_id!r} is live",
+                f"request_id: {live.request_id!r} is live",
                 field="request_id",
-                request_id=request_id,
+                request_id=live.request_id,
             )
-        if len(self._live) >= self._config.max_live_requests:
+        if self._live_choices + choices > self._config.max_live_requests:
             raise RequestError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 Reason.TOO_MANY_REQUESTS,
-                f"{len(self._live)} requests are live, --max-live-requests is {self._config.max_live_requests}",
+                f"{self._live_choices} requests are live, --max-live-requests is {self._config.max_live_requests}",
                 retry_after=1.0,
             )
-        if self._early_aborts.claim(request_id):
+        if self._early_aborts.claim(live.request_id):
             raise cancelled()
-        self._live[request_id] = None
+        live.choices = choices
+        self._live[live.request_id] = live
         self._empty.clear()
-        metrics.LIVE_REQUESTS.set(len(self._live))
+        self._count(choices)
 
-    def _forget(self, request_id: str) -> None:
-        self._live.pop(request_id, None)
-        self._ended_early.pop(request_id, None)
+    def _choice_gone(self, live: _Live) -> None:
+        live.choices -= 1
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self._live_choices += change
+        metrics.LIVE_REQUESTS.set(self._live_choices)
+
+    def _forget(self, live: _Live) -> None:
+        del self._live[live.request_id]
+        self._count(-live.choices)
         if not self._live:
             self._empty.set()
-        metrics.LIVE_REQUESTS.set(len(self._live))
 
-    def _request_ended(self, owner: RequestOwner, outcome: str) -> None:
+    def _ended(self, live: _Live, fan_out: FanOut) -> None:
         """One log line and one count per request."""
-        self._forget(owner.request_id)
-        answer = owner.answer
-        metrics.REQUESTS.labels(owner.model, outcome).inc()
-        timings = answer.timings()
-        phases = {
-            "queue": timings.queue,
-            "prefill": timings.prefill,
-            "transfer": timings.transfer,
-            "decode": timings.decode,
-        }
-        if answer.complete is not None:
-            metrics.PROMPT_TOKENS.labels(owner.model).inc(answer.prompt_tokens)
-            metrics.COMPLETION_TOKENS.labels(owner.model).inc(answer.completion_tokens)
-            for phase, seconds in phases.items():
-                if seconds is not None:
-                    metrics.PHASE_SECONDS.labels(phase).observe(seconds)
-            if (ttft := answer.time_to_first_token) is not None:
-                metrics.TIME_TO_FIRST_TOKEN_SECONDS.labels(owner.model).observe(ttft)
-        log.info(
-            "request ended",
-            request_id=owner.request_id,
-            outcome=outcome,
-            phase=owner.ended_in,
-            model=owner.model,
-            prompt_tokens=answer.prompt_tokens,
-            completion_tokens=answer.completion_tokens,
-            attempts=owner.attempts,
-            error=str(answer.error) if answer.error is not None else None,
-            **{f"{phase}_s": round(seconds, 4) for phase, seconds in phases.items() if seconds is not None},
-        )
-        owner.trace.ended(owner.request_id, owner.model, answer, phases)
+        self._forget(live)
+        report = fan_out.report(live.model, live.received)
+        report.count()
+        report.write()
+        live.trace.ended(report)
 
 
 def shutting_down() -> RequestError:

@@ -84,7 +84,7 @@ async def test_a_disaggregated_request_is_one_trace_down_to_the_engines(
     workers = (answer.finished.prefill_worker, answer.finished.decode_worker)
     assert (told["kvbaton.prefill.worker"], told["kvbaton.decode.worker"]) == workers
     assert {name for name in told if name.endswith("_s")} == {
-        f"kvbaton.{phase}_s" for phase in ("queue", "prefill", "transfer", "decode")
+        f"kvbaton.{phase}_s" for phase in ("queue", "routing", "prefill", "transfer", "decode")
     }
     assert {attempt.attributes["kvbaton.room"]} == {leg.attributes["kvbaton.room"] for leg in legs.values()}
     assert legs["decode"].events == ["accepted", "first token"]

@@ -3,11 +3,14 @@
 - `api`: what the edges see
 - `prepare`: checks, chat template, tokenization; `chat`: the checks of messages and tools
 - `chat_answer`: which parsers and which grammar a chat's answer has; `reply`: tokens to text, reasoning and tool calls
-- `owner`: the one task that owns a request, from the choice of workers to its end
+- `choices`: how many answers it asks for, and the seed of each
+- `fan_out`: the request as its client sees it: an owner for each choice, one stream
+- `owner`: the one task that owns a choice, from the wait for workers to its end
 - `states`: the states of a request and every allowed step between them
 - `attempt`: one attempt: both legs on one pair, and how they are ended
 - `retry`: which failures another pair may cure
 - `answer`: tokens in, outputs out, times of the phases
 - `outbox`: outputs that the client has not taken yet, bounded
 - `deadlines`: how long each phase may take
+- `report`, `trace`: what is told of it when it has ended
 """

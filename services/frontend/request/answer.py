@@ -12,6 +12,7 @@ from services.frontend.request.api import Finished, FinishReason, Output, Timing
 from services.frontend.request.prepare import PreparedRequest
 from services.frontend.request.reply import Reply
 from services.frontend.router.placement import Placement
+from services.telemetry import metrics
 
 _FINISH_REASONS = {
     generate_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -22,10 +23,13 @@ _FINISH_REASONS = {
 class Answer:
     """Tokens in, outputs out; the phases' times of the last attempt."""
 
-    def __init__(self, prepared: PreparedRequest, received: float) -> None:
+    def __init__(self, prepared: PreparedRequest, received: float, tokenization: float | None = None) -> None:
+        """`received` is on the monotonic clock, `tokenization` in seconds."""
         self._prepared = prepared
         self._reply = None if prepared.text is None else prepared.text.start()
         self._received = received
+        self._tokenization = tokenization
+        self._token_gaps = metrics.INTER_TOKEN_LATENCY_SECONDS.of(prepared.model)
         self._placement: Placement | None = None
         self._dispatched: float | None = None
         self._prefilled: float | None = None
@@ -65,9 +69,13 @@ class Answer:
 
     def take(self, event: LegTokens | LegFinished) -> Output:
         """Decode's next tokens as an output; `finished` is set when the answer ends here, also at a stop string."""
-        self._last = time.monotonic()
-        if self._first is None and event.token_ids:
-            self._first = self._last
+        now = time.monotonic()
+        if event.token_ids:
+            if self._first is None or self._last is None:
+                self._first = now
+            else:
+                self._token_gaps.observe(now - self._last, len(event.token_ids))
+        self._last = now
         before = self._tokens
         self._tokens += len(event.token_ids)
         if isinstance(event, LegFinished):
@@ -96,7 +104,9 @@ class Answer:
         if prefilled is not None and self._first is not None:
             prefilled = min(prefilled, self._first)
         return Timings(
+            tokenization=self._tokenization,
             queue=_between(self._received, self._dispatched),
+            routing=None if self._placement is None else self._placement.routing,
             prefill=_between(self._dispatched, prefilled),
             transfer=_between(prefilled, self._first) if disaggregated else None,
             decode=_between(self._first, self._last),

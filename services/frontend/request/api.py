@@ -29,11 +29,28 @@ class Timings:
     prefill: float | None = None
     transfer: float | None = None
     decode: float | None = None
+    tokenization: float | None = None
+    routing: float | None = None
+
+    def by_phase(self) -> dict[str, float]:
+        """Those that happened, by name."""
+        phases = {
+            "tokenization": self.tokenization,
+            "queue": self.queue,
+            "routing": self.routing,
+            "prefill": self.prefill,
+            "transfer": self.transfer,
+            "decode": self.decode,
+        }
+        return {phase: seconds for phase, seconds in phases.items() if seconds is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer. Token counts as in `Usage` of generate.proto."""
+    """The end of a choice. Token counts as in `Usage` of generate.proto, of this choice alone.
+
+    Of a whole answer the prompt counts once, as choice 0 has it, and `completion_tokens` are the sum over its choices.
+    """
 
     reason: FinishReason
     prompt_tokens: int
@@ -74,8 +91,9 @@ class Output:
 
 
 class LiveRequest(Protocol):
-    """One accepted request. It has an owner task of its own: reading it slowly or not at all does not stop it.
+    """One accepted request. Its choices have owner tasks of their own: reading slowly or not at all does not stop them.
 
+    Outputs of several choices come as their tokens do, in any order; a choice that fails ends them all with its error.
     A reader that leaves more than --max-buffered-bytes unread is cut off: RESOURCE_EXHAUSTED, CLIENT_TOO_SLOW.
     """
 
@@ -101,7 +119,7 @@ class LiveRequest(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Ends both legs; `outputs` then raises RequestError with CANCELLED. Returns at once, idempotent."""
+        """Ends all legs; `outputs` then raises RequestError with CANCELLED. Returns at once, idempotent."""
         ...
 
 

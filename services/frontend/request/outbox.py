@@ -1,6 +1,6 @@
-"""Outputs of one request that its client has not taken yet, bounded in bytes.
+"""Outputs of one request, of all its choices, that its client has not taken yet, bounded in bytes.
 
-The owner never waits for a client: it goes on reading its legs. So a client that does not read costs memory, up to a
+Owners never wait for a client: they go on reading their legs. So a client that does not read costs memory, up to a
 stated number of bytes; then its request is ended.
 """
 
@@ -17,16 +17,21 @@ from services.frontend.request.api import Output
 TOKEN_BYTES = 4
 # Bytes that an output costs beside its tokens and its text.
 OUTPUT_BYTES = 128
+# Bytes of one log probability, of a token or of one that was likely too.
+LOGPROB_BYTES = 32
 
 
 class Outbox:
-    """One writer, the request's owner; one reader, its edge."""
+    """One writer for each choice, its owner; one reader, the edge."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, choices: int = 1) -> None:
         self.buffered_bytes = 0
+        # Choices whose last output has not come.
+        self._open = choices
         self._max_bytes = max_bytes
         self._items: asyncio.Queue[tuple[Output, int] | RequestError] = asyncio.Queue()
         self._overflowed = False
+        # Nobody takes, or nothing more is to come.
         self._closed = False
         self._cut_off: Callable[[], None] | None = None
 
@@ -38,7 +43,8 @@ class Outbox:
         if self._closed:
             return
         size = size_of(output)
-        if self.buffered_bytes and output.finished is None and self.buffered_bytes + size > self._max_bytes:
+        self._open -= output.finished is not None
+        if self.buffered_bytes and self._open and self.buffered_bytes + size > self._max_bytes:
             self._drop()
             self._overflowed = True
             raise RequestError(
@@ -50,7 +56,8 @@ class Outbox:
         self._items.put_nowait((output, size))
 
     def fail(self, error: RequestError) -> None:
-        """The last word: `get` raises it behind what is buffered."""
+        """The last word of all choices: `get` raises it behind what is buffered."""
+        self._closed = True
         self._items.put_nowait(error)
         if self._overflowed and self._cut_off is not None:
             self._cut_off()
@@ -82,4 +89,11 @@ class Outbox:
 
 def size_of(output: Output) -> int:
     """What an output counts for while it is buffered, in bytes."""
-    return TOKEN_BYTES * len(output.token_ids) + len(output.text.encode()) + OUTPUT_BYTES
+    size = TOKEN_BYTES * len(output.token_ids) + len(output.text.encode()) + OUTPUT_BYTES
+    if output.reasoning:
+        size += len(output.reasoning.encode())
+    for call in output.tool_calls:
+        size += len(call.arguments.encode()) + len(call.name.encode()) + OUTPUT_BYTES
+    for each in output.logprobs:
+        size += LOGPROB_BYTES * (1 + len(each.top))
+    return size

@@ -1,4 +1,4 @@
-"""The one task that owns a request: chooses workers, follows both legs, tries again, ends everything.
+"""The one task that owns one choice of a request: waits for workers, follows both legs, tries again, ends everything.
 
 The client's side only reads a queue, so a client that leaves, is slow or is cancelled twice can't cut the clean-up
 short.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import grpc
 import structlog
 
-from kvbaton.errors import Reason, RequestError, cancelled
+from kvbaton.errors import Reason, RequestError
 from services.frontend.dispatch.line import Ticket
 from services.frontend.dispatch.queue import DispatchQueue
 from services.frontend.link.protocol import LegAccepted, LegEvent, LegFailed
@@ -57,8 +57,24 @@ class _FromQueue:
     result: Placement | RequestError
 
 
+class Progress(Protocol):
+    """Whom an owner tells how far it has come."""
+
+    def choice_prefilled(self) -> None:
+        """The prompt has been computed; more than once."""
+        ...
+
+    def choice_failed(self, error: RequestError) -> None:
+        """There will be no answer; its legs are being ended."""
+        ...
+
+    def choice_ended(self) -> None:
+        """Every leg is gone; the last call."""
+        ...
+
+
 class RequestOwner:
-    """Implements `LiveRequest`. `start` it once; `ended` is called when every leg is gone."""
+    """`start` it once, or `leave` without. A request of several choices has an owner for each."""
 
     def __init__(
         self,
@@ -66,43 +82,39 @@ class RequestOwner:
         queue: DispatchQueue,
         ticket: Ticket,
         *,
+        outbox: Outbox,
+        progress: Progress,
         deadlines: Deadlines,
         retries: int,
-        max_buffered_bytes: int,
         received: float,
+        tokenization: float | None,
         trace: RequestTrace,
-        ended: Callable[[RequestOwner, str], None],
+        choice: int = 0,
     ) -> None:
-        """`ticket` is the request's first place in the queue. `received` is on the monotonic clock."""
+        """`ticket` is the choice's first place in the queue. `received` is on the monotonic clock.
+
+        `tokenization` is in seconds; None for a prompt that came as tokens.
+        """
         self._prepared = prepared
+        self._choice = choice
+        self._progress = progress
         self._queue = queue
         self._ticket = ticket
         self._clock = DeadlineClock(deadlines)
         self._retry = RetryPolicy(retries)
-        self.trace = trace
-        self._ended = ended
+        self._trace = trace
         self._state = RequestState()
         self._events: asyncio.Queue[_FromLeg | _FromQueue | _End] = asyncio.Queue()
-        self._outbox = Outbox(max_buffered_bytes)
+        self._outbox = outbox
         self._attempt: Attempt | None = None
         self._closing: list[asyncio.Task[None]] = []
-        self.answer = Answer(prepared, received)
+        self.answer = Answer(prepared, received, tokenization)
         self.attempts = 0
 
     @property
     def request_id(self) -> str:
-        """See `LiveRequest`."""
+        """The request's, the same for all its choices."""
         return self._prepared.request_id
-
-    @property
-    def prompt_tokens(self) -> int:
-        """See `LiveRequest`."""
-        return len(self._prepared.token_ids)
-
-    @property
-    def model(self) -> str:
-        """The model's served name."""
-        return self._prepared.model
 
     @property
     def state(self) -> State:
@@ -116,39 +128,31 @@ class RequestOwner:
 
     def start(self) -> asyncio.Task[None]:
         """Begins; the caller keeps the task."""
-        return asyncio.create_task(self._own(), name=f"request {self.request_id}", context=self.trace.task_context())
+        self._clock.enter(State.ADMITTED)
+        return asyncio.create_task(self._own(), name=f"request {self.request_id}", context=self._trace.task_context())
 
-    async def outputs(self) -> AsyncIterator[Output]:
-        """See `LiveRequest`."""
-        try:
-            while True:
-                output = await self._outbox.get()
-                yield output
-                if output.finished is not None:
-                    return
-        finally:
-            self._outbox.close()
-            self.cancel()
+    def leave(self) -> None:
+        """Never started, it gives up its place."""
+        self._ticket.leave()
 
-    def when_cut_off(self, act: Callable[[], None]) -> None:
-        """See `LiveRequest`."""
-        self._outbox.when_cut_off(act)
+    def release(self, *, prefers: str) -> None:
+        """A held ticket gets its turn, on that prefill worker if it can."""
+        self._queue.release(self._ticket, prefers=prefers)
 
-    def cancel(self) -> None:
-        """See `LiveRequest`."""
-        self.end(cancelled())
+    @property
+    def prefill_worker(self) -> str:
+        """The instance id of the attempt's prefill worker; empty without one."""
+        prefill = None if self._attempt is None else self._attempt.placement.prefill
+        return "" if prefill is None else prefill.instance_id
 
     def end(self, error: RequestError) -> None:
-        """Ends both legs; `outputs` then raises the error. Without effect on a request that has ended."""
+        """Ends both legs; the request then fails with the error. Without effect on one that has ended."""
         self._events.put_nowait(_End(error))
 
     async def _own(self) -> None:
-        outcome = "INTERNAL"
         try:
             await self._run()
-            outcome = "finished"
         except RequestError as error:
-            outcome = error.code.name
             self._fail(error)
         except Exception as error:
             log.error("request failed", request_id=self.request_id, state=self.state, exc_info=error)
@@ -159,15 +163,15 @@ class RequestOwner:
             for result in await asyncio.gather(*self._closing, return_exceptions=True):
                 if isinstance(result, BaseException):
                     log.error("attempt not closed in order", request_id=self.request_id, exc_info=result)
-            self._ended(self, outcome)
+            self._progress.choice_ended()
 
     def _fail(self, error: RequestError) -> None:
-        """Tells the client at once; the legs are ended afterwards."""
+        """The client is told at once; the legs are ended afterwards."""
         if not self._state.ended:
             self._state.take(Step.CANCEL if error.code is grpc.StatusCode.CANCELLED else Step.ERROR)
         room = self._attempt.room_number if self._attempt is not None else 0
         self.answer.error = error.with_context(room=room, request_id=self.request_id)
-        self._outbox.fail(self.answer.error)
+        self._progress.choice_failed(self.answer.error)
 
     async def _run(self) -> None:
         """Attempts, until one gives an answer or the last one's error is the request's."""
@@ -217,7 +221,7 @@ class RequestOwner:
         self._state.take(Step.PAIR_CHOSEN)
         self._ticket.spend()
         self.attempts += 1
-        span = self.trace.attempt(self.attempts)
+        span = self._trace.attempt(self.attempts, self._choice)
         self._attempt = Attempt(self._prepared, placement, self._from_leg, span)
         self.answer.dispatched(placement)
         self._attempt.dispatch()
@@ -248,12 +252,15 @@ class RequestOwner:
             if output is None:
                 continue
             if output.finished is None:
-                self._outbox.put(output)
+                self._put(output)
                 continue
             await self._settle_hand_over(item.attempt)
             self._state.take(Step.COMPLETE)
-            self._outbox.put(self.answer.with_prefills_word(output))
+            self._put(self.answer.with_prefills_word(output))
             return
+
+    def _put(self, output: Output) -> None:
+        self._outbox.put(replace(output, index=self._choice) if self._choice else output)
 
     async def _settle_hand_over(self, attempt: Attempt) -> None:
         """A short answer may be complete before prefill's token is here; without the comparison it proves nothing.
@@ -290,9 +297,11 @@ class RequestOwner:
             self.answer.prefilled(event)
             if event.token_ids:
                 self._clock.enter(self._state.take(Step.PREFILL_ENDED))
+                self._progress.choice_prefilled()
             return None
         if self.state is not State.DECODING and event.token_ids:
             self._clock.enter(self._state.take(Step.FIRST_TOKEN))
+            self._progress.choice_prefilled()
         self._clock.token()
         output = self.answer.take(event)
         return output if output.token_ids or output.finished is not None else None

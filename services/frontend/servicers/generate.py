@@ -31,7 +31,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
     async def Generate(  # type: ignore[override]
         self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        """Streams one answer; a cancelled call cancels both legs.
+        """Streams one answer with all its choices; a cancelled call cancels every leg.
 
         It writes instead of yielding because a write to a client that doesn't read never returns, and must be given up
         when the request is cut off.
@@ -90,6 +90,8 @@ def _write_finished(wire: generate_pb2.Finished, finished: Finished, request_id:
         (wire.timings.prefill, timings.prefill),
         (wire.timings.transfer, timings.transfer),
         (wire.timings.decode, timings.decode),
+        (wire.timings.tokenization, timings.tokenization),
+        (wire.timings.routing, timings.routing),
     ):
         if seconds is not None:
             phase.FromNanoseconds(int(seconds * 1e9))

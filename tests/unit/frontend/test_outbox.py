@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import grpc
 import pytest
 
 from kvbaton.errors import Reason, RequestError
-from services.frontend.request.api import Finished, FinishReason, Output
-from services.frontend.request.outbox import OUTPUT_BYTES, Outbox, size_of
+from services.frontend.request.api import Finished, FinishReason, Output, ToolCallDelta
+from services.frontend.request.outbox import LOGPROB_BYTES, OUTPUT_BYTES, Outbox, size_of
+from services.requests import TokenLogprob, TopLogprob
 
 TOKENS = Output([1, 2, 3])
 LAST = Output([4], finished=Finished(FinishReason.LENGTH, prompt_tokens=1, completion_tokens=4))
@@ -81,15 +83,49 @@ async def test_another_error_comes_behind_what_is_buffered() -> None:
 
 def test_only_an_overflow_interrupts_the_reader_and_only_once_its_error_is_there() -> None:
     told: list[str] = []
-    box = Outbox(1)
-    box.when_cut_off(lambda: told.append("cut off"))
-    box.fail(CANCELLED)
+    cancelled, box = Outbox(1), Outbox(1)
+    for each in (cancelled, box):
+        each.when_cut_off(lambda: told.append("cut off"))
+    cancelled.fail(CANCELLED)
     assert not told
     box.put(TOKENS)
     error = overflowing(box)
     assert not told
     box.fail(error)
     assert told == ["cut off"]
+
+
+def test_one_bound_holds_for_all_choices_and_only_the_last_output_of_all_is_above_it() -> None:
+    box = Outbox(2 * size_of(TOKENS), choices=3)
+    for choice in range(2):
+        box.put(replace(LAST, index=choice))
+    with pytest.raises(RequestError):
+        box.put(TOKENS)
+    box = Outbox(size_of(LAST), choices=2)
+    box.put(LAST)
+    box.put(replace(LAST, index=1))
+    box = Outbox(size_of(LAST), choices=3)
+    box.put(LAST)
+    with pytest.raises(RequestError):
+        box.put(replace(LAST, index=1))
+
+
+async def test_other_choices_say_nothing_more_once_one_has_failed() -> None:
+    box = Outbox(1000, choices=2)
+    box.put(TOKENS)
+    box.fail(CANCELLED)
+    box.put(TOKENS)
+    assert await box.get() is TOKENS
+    with pytest.raises(RequestError, match="cancelled"):
+        await box.get()
+
+
+def test_log_probabilities_reasoning_and_calls_count_too() -> None:
+    top = (TopLogprob(1, -0.1), TopLogprob(2, -2.0))
+    plain = size_of(TOKENS)
+    assert size_of(replace(TOKENS, logprobs=[TokenLogprob(1, -0.1, top)])) == plain + 3 * LOGPROB_BYTES
+    assert size_of(replace(TOKENS, reasoning="é")) == plain + 2
+    assert size_of(replace(TOKENS, tool_calls=[ToolCallDelta(0, arguments="{}")])) == plain + 2 + OUTPUT_BYTES
 
 
 async def test_nothing_is_kept_for_a_reader_that_is_gone() -> None:
