@@ -14,6 +14,7 @@ from services.frontend.edge.options import EdgeOptions
 from services.frontend.edge.routes import embeddings as embedding_routes
 from services.frontend.edge.routes import generation as generation_routes
 from services.frontend.edge.routes import models as model_routes
+from services.frontend.edge.routes import responses as response_routes
 from services.frontend.edge.routes import system as system_routes
 from services.frontend.edge.routes import tokenization as tokenization_routes
 from services.frontend.embedding.service import Embedding
@@ -52,6 +53,7 @@ def create_app(
         # For the OpenAPI document alone: it checks nothing, and would come after the body.
         keyed.append(Depends(HTTPBearer(auto_error=False, description="An API key of this frontend.")))
     app.include_router(generation_routes.router(generation, options), dependencies=keyed)
+    app.include_router(response_routes.router(generation, options), dependencies=keyed)
     app.include_router(embedding_routes.router(embedding, options), dependencies=keyed)
     app.include_router(tokenization_routes.router(generation, options), dependencies=keyed)
     app.include_router(model_routes.router(generation), dependencies=keyed)

@@ -46,6 +46,7 @@ class JsonSchemaFormat(Body):
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
+    """The schema and its name."""
 
 
 class StructuralTagFormat(Body):
@@ -53,6 +54,7 @@ class StructuralTagFormat(Body):
 
     type: Literal["structural_tag"]
     format: JsonObject
+    """As xgrammar defines it."""
 
 
 ResponseFormat = Annotated[

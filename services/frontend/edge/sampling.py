@@ -11,6 +11,7 @@ from kvbaton.errors import invalid
 from kvbaton.v1 import generate_pb2
 from services.frontend.edge.values import (
     Body,
+    Handling,
     Int32,
     ModelName,
     Natural,
@@ -39,7 +40,7 @@ class SamplingBody(Body):
     """0 is greedy. Default 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Default 1."""
-    stream: bool | None = None
+    stream: Annotated[bool | None, Handling.EMULATED] = None
     """Answer with server-sent events."""
 
     frequency_penalty: Penalty | None = None

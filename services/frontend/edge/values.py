@@ -6,6 +6,7 @@ on the model or on the engine is not checked here: the frontend knows it and ans
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any, LiteralString, cast
 
@@ -50,9 +51,9 @@ class Only:
         self.values = values
 
     @property
-    def spelled(self) -> str:
-        """What is accepted, as it stands in a request."""
-        return " or ".join([*(orjson.dumps(known).decode() for known in self.values), "null"])
+    def spelled(self) -> tuple[str, ...]:
+        """What is accepted beside null, as it stands in a request."""
+        return tuple(orjson.dumps(known).decode() for known in self.values)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Called by pydantic."""
@@ -65,7 +66,7 @@ class Only:
     def _check(self, value: object) -> None:
         if value is None or any(value == known and _same_kind(value, known) for known in self.values):
             return
-        raise ValueError(f"only {self.spelled} is supported")
+        raise ValueError(f"only {' or '.join([*self.spelled, 'null'])} is supported")
 
 
 def _same_kind(value: object, known: object) -> bool:
@@ -78,18 +79,20 @@ class _Context(dict[str, Any]):
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
 
-def told_by(field: str, *values: str) -> Discriminator:
+def told_by(field: str, *values: str, tell: Callable[[dict[str, object]], object] | None = None) -> Discriminator:
     """Chooses the variant of a union by a field, whose value is the variant's tag in angle brackets; `<>` is a string.
 
-    The brackets let an error's place leave the tag out, which is no step of the path into the body.
+    The brackets let an error's place leave the tag out, which is no step of the path into the body. `tell` is for what
+    the field alone doesn't say.
     """
 
     def tag(value: object) -> str:
         if isinstance(value, str):
             return "<>"
-        # An object that was validated before has the field as an attribute.
-        given = cast("dict[str, object]", value).get(field) if isinstance(value, dict) else getattr(value, field, None)
-        return f"<{given}>" if isinstance(given, str) else ""
+        if not isinstance(value, dict):
+            return ""
+        fields = cast("dict[str, object]", value)
+        return f"<{tell(fields) if tell is not None else fields.get(field)}>"
 
     allowed = ", ".join(values)
     return Discriminator(

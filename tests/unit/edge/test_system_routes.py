@@ -80,6 +80,7 @@ class TestOpenApi:
         assert {(method, path) for path, item in document["paths"].items() for method in item} == {
             ("post", "/v1/completions"),
             ("post", "/v1/embeddings"),
+            ("post", "/v1/responses"),
             ("post", "/v1/chat/completions"),
             ("post", "/tokenize"),
             ("post", "/v1/tokenize"),

@@ -18,6 +18,7 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+    """The text."""
 
 
 def _joined_parts(value: object) -> object:
@@ -83,7 +84,9 @@ class CalledFunction(Body):
     """A function and its arguments, which are JSON in a string."""
 
     name: str = Field(min_length=1)
+    """As in `tools`."""
     arguments: str
+    """A JSON object in a string."""
     parsed_arguments: Annotated[Any, Handling.NO_EFFECT] = None
     """What OpenAI's SDK made of `arguments`; it sends it back."""
 
@@ -92,8 +95,10 @@ class MessageToolCall(Body):
     """One call that the assistant made."""
 
     id: str
+    """What the result refers to."""
     type: Literal["function"]
     function: CalledFunction
+    """What was called."""
     index: Annotated[int | None, Handling.NO_EFFECT] = None
     """The call's place in a stream; OpenAI's SDK sends it back."""
 

@@ -25,6 +25,7 @@ class FunctionDefinition(Body):
     """A function of the client."""
 
     name: FunctionName
+    """What the model calls it by."""
     description: str | None = None
     """For the model: when to call it and how."""
     parameters: dict[str, Any] | None = None
@@ -38,12 +39,14 @@ class ChatTool(Body):
 
     type: Literal["function"]
     function: FunctionDefinition
+    """What it is."""
 
 
 class NamedFunction(Body):
     """Which function."""
 
     name: FunctionName
+    """As in `tools`."""
 
 
 class NamedToolChoice(Body):
@@ -51,6 +54,7 @@ class NamedToolChoice(Body):
 
     type: Literal["function"]
     function: NamedFunction
+    """Which one."""
 
 
 ToolChoice = Annotated[

@@ -61,7 +61,7 @@ class CompletionRequest(SamplingBody):
     """The log probability of every generated token, and of so many likeliest ones at its position."""
     echo: Annotated[bool | None, Handling.EMULATED] = None
     """Puts the prompt in front of the text; token ids are detokenized for it. Not with `logprobs`."""
-    best_of: Annotated[Choices | None, Handling.EMULATED] = None
+    best_of: Annotated[Choices | None, Handling.NO_EFFECT] = None
     """Only the same as `n`: nothing is ranked."""
     stream_options: Annotated[StreamOptions | None, Handling.EMULATED] = None
     """Only with `stream`."""
