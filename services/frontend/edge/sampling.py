@@ -28,7 +28,9 @@ Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 _TokenIdKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 _Bias = Annotated[float, Field(ge=-LOGIT_BIAS_LIMIT, le=LOGIT_BIAS_LIMIT)]
-LogitBias = Annotated[dict[_TokenIdKey, _Bias], Field(max_length=MAX_LOGIT_BIASES)]
+LogitBias = Annotated[
+    dict[_TokenIdKey, _Bias], Field(max_length=MAX_LOGIT_BIASES, json_schema_extra={"additionalProperties": False})
+]
 
 
 class SamplingBody(Body):

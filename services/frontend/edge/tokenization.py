@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, NotRequired
 
+from pydantic import ConfigDict, JsonValue
 from typing_extensions import TypedDict
 
 from kvbaton.errors import RequestError, invalid
@@ -13,9 +14,20 @@ from services.frontend.edge.chat.schema import ConversationBody, Messages
 from services.frontend.edge.chat.translate import chat_input, chat_name
 from services.frontend.edge.values import Body, Handling, ModelName, TokenIds
 
+_OF_CHATS: dict[str, JsonValue] = {name: {"type": "null"} for name in ("messages", *ConversationBody.model_fields)}
+# What `tokenize_request` refuses, for the API's description.
+_ONE_INPUT: dict[str, JsonValue] = {
+    "oneOf": [
+        {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, **_OF_CHATS}},
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+    ]
+}
+
 
 class TokenizeRequest(ConversationBody):
     """Body of POST /tokenize: a prompt, or the messages of a chat."""
+
+    model_config = ConfigDict(json_schema_extra=_ONE_INPUT)
 
     model: ModelName | None = None
     """A name that /v1/models reports; may be missing where there is only one."""

@@ -23,7 +23,7 @@ from tests.unit.edge.sdk import sdk, with_sync_sdk
 
 ROUTE = "/v1/responses"
 Code = grpc.StatusCode
-WEATHER_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": None}
+WEATHER_TOOL: Any = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": None}
 
 
 async def post(generation: ScriptedGeneration, **fields: Any) -> httpx.Response:
@@ -353,7 +353,7 @@ class TestTheOfficialClient:
     async def test_every_event_is_valid(self, script: tuple[Step, ...]) -> None:
         async with sdk(ScriptedGeneration(*script)) as client:
             stream = await client.responses.create(
-                model=MODEL, input="Hi", stream=True, tools=[{**WEATHER_TOOL}], reasoning={"effort": "low"}
+                model=MODEL, input="Hi", stream=True, tools=[WEATHER_TOOL], reasoning={"effort": "low"}
             )
             assert [event.sequence_number async for event in stream][-1] > 0
 
