@@ -76,19 +76,21 @@ def behind_reasoning(grammar: Grammar, *, opened: bool) -> Grammar:
     answer = _format(grammar)
     thought = {"type": "tag", "begin": "" if opened else THINK, "content": {"type": "any_text"}, "end": THINK_END}
     newlines = {"type": "regex", "pattern": "\\n{0,2}"}
-    behind = {"type": "sequence", "elements": [thought, newlines, answer]}
-    tag = {"type": "structural_tag", "format": behind if opened else {"type": "or", "elements": [behind, answer]}}
-    return Grammar(GrammarKind.STRUCTURAL_TAG, json.dumps(tag, ensure_ascii=False))
+    form = f'{{"type": "sequence", "elements": [{json.dumps(thought)}, {json.dumps(newlines)}, {answer}]}}'
+    if not opened:
+        form = f'{{"type": "or", "elements": [{form}, {answer}]}}'
+    return Grammar(GrammarKind.STRUCTURAL_TAG, f'{{"type": "structural_tag", "format": {form}}}')
 
 
-def _format(grammar: Grammar) -> dict[str, Any]:
+def _format(grammar: Grammar) -> str:
+    """The JSON of it. A schema is JSON already, and may be too deep to be read and written again."""
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
-            return {"type": "json_schema", "json_schema": json.loads(grammar.source)}
+            return f'{{"type": "json_schema", "json_schema": {grammar.source}}}'
         case GrammarKind.REGEX:
-            return {"type": "regex", "pattern": grammar.source}
+            return json.dumps({"type": "regex", "pattern": grammar.source}, ensure_ascii=False)
         case _:
-            return {"type": "grammar", "grammar": grammar.source}
+            return json.dumps({"type": "grammar", "grammar": grammar.source}, ensure_ascii=False)
 
 
 def _call_schema(function: Function, definitions: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
 MAX_CALL_BYTES = 1024 * 1024
 MAX_TEMPLATE_ARGUMENTS_BYTES = 64 * 1024
+# Brackets within brackets. Templates and grammars write the value again, and Python's stack must hold it there too.
+MAX_JSON_DEPTH = 100
 _FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
@@ -183,7 +185,25 @@ def _json_object(field: str, text: str, max_bytes: int) -> dict[str, Any]:
         raise invalid(field, f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise invalid(field, "not a JSON object")
+    if _deeper(value, MAX_JSON_DEPTH):
+        raise invalid(field, f"nested deeper than {MAX_JSON_DEPTH} levels")
     return cast("dict[str, Any]", value)
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested in more levels."""
+    level: list[object] = [value]
+    for _ in range(levels):
+        inner: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += cast("dict[str, object]", each).values()
+            elif isinstance(each, list):
+                inner += cast("list[object]", each)
+        if not inner:
+            return False
+        level = inner
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def _no_constant(name: str) -> NoReturn:

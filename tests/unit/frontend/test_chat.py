@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2, worker_pb2
 from kvbaton.v1.generate_pb2 import ChatInput, ChatMessage, GenerateRequest, SamplingParams, Tool, ToolCall, ToolChoice
-from services.frontend.request.chat import MAX_TEMPLATE_ARGUMENTS_BYTES, MAX_TOOLS
+from services.frontend.request.chat import MAX_JSON_DEPTH, MAX_TEMPLATE_ARGUMENTS_BYTES, MAX_TOOLS
 from services.frontend.request.prepare import PreparedRequest, prepare
 from services.frontend.text import ChatTemplate, TextTokenizer
 from services.frontend.text_models import TextModel
@@ -123,6 +123,10 @@ async def test_template_arguments_reach_the_template(hermes: Model) -> None:
 # What is refused.
 
 
+def nested(depth: int) -> str:
+    return '{"a":' * (depth - 1) + "{}" + "}" * (depth - 1)
+
+
 def tool_list(count: int) -> list[Tool]:
     return [Tool(name=f"t{index}") for index in range(count)]
 
@@ -138,6 +142,7 @@ def tool_list(count: int) -> list[Tool]:
         ({"tools": [Tool(name="f", parameters="{")]}, "chat.tools[0].parameters"),
         ({"tools": [Tool(name="f", parameters='{"a": NaN}')]}, "chat.tools[0].parameters"),
         ({"tools": [Tool(name="f", parameters='{"a":' * 100_000)]}, "chat.tools[0].parameters"),
+        ({"tools": [Tool(name="f", parameters=nested(MAX_JSON_DEPTH + 1))]}, "chat.tools[0].parameters"),
         ({"tools": tool_list(MAX_TOOLS + 1)}, "chat.tools"),
         ({"tools": [Tool(name="f", description="x" * 2**20)]}, "chat.tools"),
         ({"tool_choice": ToolChoice(mode=generate_pb2.TOOL_CHOICE_MODE_AUTO)}, "chat.tool_choice"),
@@ -176,8 +181,10 @@ async def test_a_choice_that_this_version_does_not_know_is_refused(hermes: Model
     assert (await hermes.refusal(tools=TOOLS, tool_choice=choice)).field == "chat.tool_choice"
 
 
-async def test_as_many_tools_as_openai_takes(hermes: Model) -> None:
+async def test_as_many_tools_as_openai_takes_and_as_deep_as_python_can_write_again(hermes: Model) -> None:
     await hermes.prepare(tools=tool_list(MAX_TOOLS))
+    deepest = [Tool(name="f", parameters=nested(MAX_JSON_DEPTH))]
+    await hermes.prepare(tools=deepest, tool_choice=REQUIRED, template_arguments=nested(MAX_JSON_DEPTH))
 
 
 @pytest.mark.parametrize(("parser", "named"), [("", "missing"), ("deepseekv3", "'deepseekv3'")])
