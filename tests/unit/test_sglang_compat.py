@@ -46,6 +46,7 @@ from services.worker.engines.sglang_compat import (
     why_no_spans,
 )
 from services.worker.engines.sglang_death import DeathWatch, EngineLaunchError, on_sigquit
+from services.worker.engines.sglang_grammar import TOO_SLOW
 from services.worker.engines.sglang_introspect import (
     embedding_size,
     kv_bytes_per_token,
@@ -677,16 +678,17 @@ class TestGrammarRefusals:
     GRAMMAR = Grammar(GrammarKind.EBNF, "root ::= x")
 
     @pytest.mark.parametrize(
-        ("message", "status"),
+        ("message", "status", "named"),
         [
-            ("Failed to compile ebnf grammar: x", 400),
-            ("Grammar preprocessing timed out: req.grammar_key=...", 400),
-            ("Grammar accept_token failed for req 1 with token 2: ...", 500),
+            ("Failed to compile ebnf grammar: x", 400, "Failed to compile ebnf grammar: x"),
+            ("Grammar preprocessing timed out: req.grammar_key=...", 400, "timed out"),
+            ("Grammar accept_token failed for req 1 with token 2: Tokens not accepted", 500, "no token .* goes on"),
+            (f"Grammar accept_token failed for req 1 with token 2: {TOO_SLOW}", 500, "^the grammar takes too long"),
         ],
     )
-    async def test_names_the_field_also_behind_the_first_tokens(self, message: str, status: int) -> None:
+    async def test_names_the_field_also_behind_the_first_tokens(self, message: str, status: int, named: str) -> None:
         abort = {"type": "abort", "message": message, "status_code": status}
-        with pytest.raises(EngineRefusedError) as caught:
+        with pytest.raises(EngineRefusedError, match=named) as caught:
             await outcome(chunk([5]), chunk([], abort, completion_tokens=1), grammar=self.GRAMMAR)
         assert caught.value.field == "sampling.ebnf"
 

@@ -42,6 +42,19 @@ class Manager:
         self.grammar_backend = scheduler.built_by_sglang
 
 
+class Backend:
+    """Shaped like SGLang's BaseGrammarBackend."""
+
+    def __init__(self) -> None:
+        self.cache: dict[Any, Any] = {}
+
+    def set_cache(self, key: Any, value: Any) -> None:
+        self.cache[key] = value
+
+    def reset(self) -> None:
+        self.cache.clear()
+
+
 class Matcher:
     """Shaped like SGLang's XGrammarGrammar."""
 
@@ -82,7 +95,7 @@ def sglang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
     def create_grammar_backend(_args: Any, _tokenizer: Any, vocab_size: int, eos: Any) -> Any:
         calls["created"] = (vocab_size, eos)
-        return calls.get("backend", "a backend")
+        return calls.get("backend", Backend())
 
     grammar = type("XGrammarGrammar", (Matcher,), {"fill_vocab_mask": Matcher.fill_vocab_mask})
     manager = type("GrammarManager", (Manager,), {"__init__": Manager.__init__})
@@ -102,7 +115,7 @@ def scheduler(*, built: Any = None, generates: bool = True) -> Any:
 
 class TestBackend:
     def test_it_is_built_from_the_models_own_tokenizer(self, sglang: SimpleNamespace) -> None:
-        assert sglang.manager(scheduler()).grammar_backend == "a backend"
+        assert isinstance(sglang.manager(scheduler()).grammar_backend, Backend)
         assert sglang.calls == {"path": "/model", "created": (1000, {2})}
         assert sglang.marker.exists(), "the host sees it"
 
@@ -117,6 +130,13 @@ class TestBackend:
         sglang.calls.update(why)
         assert sglang.manager(scheduler()).grammar_backend is None
         assert not sglang.marker.exists()
+
+    def test_it_does_not_keep_every_grammar_for_ever(self, sglang: SimpleNamespace) -> None:
+        backend = sglang.manager(scheduler()).grammar_backend
+        for number in range(1000):
+            backend.set_cache(number, "compiled")
+            assert backend.cache[number] == "compiled"
+            assert len(backend.cache) <= 128
 
     def test_an_embedding_engine_needs_none(self, sglang: SimpleNamespace) -> None:
         assert sglang.manager(scheduler(generates=False)).grammar_backend is None

@@ -19,6 +19,8 @@ from typing import Any
 _SLOW_STEP_S = 0.1
 _SLOW_STEPS = 3
 TOO_SLOW = "the grammar takes too long to follow"
+# Compiled grammars that a backend keeps, of up to some megabytes each; SGLang itself keeps all.
+_KEPT = 128
 
 _log = logging.getLogger(__name__)
 
@@ -64,10 +66,25 @@ def _backend(scheduler: Any) -> Any:
     model = scheduler.model_config
     try:
         tokenizer = load_tokenizer(scheduler.server_args)
-        return create(scheduler.server_args, tokenizer, model.vocab_size, model.hf_eos_token_id)
+        backend = create(scheduler.server_args, tokenizer, model.vocab_size, model.hf_eos_token_id)
     except Exception as error:  # noqa: BLE001 - no tokenizer, one that the backend can't read, no backend installed
         _log.warning("no grammar backend: %s", error)
         return None
+    if backend is not None:
+        forget_when_full(backend)
+    return backend
+
+
+def forget_when_full(backend: Any) -> None:
+    """Empty the backend's caches when they hold too much. What runs keeps its own grammar."""
+    keep = backend.set_cache
+
+    def set_cache(key: Any, value: Any) -> None:
+        if len(backend.cache) >= _KEPT:
+            backend.reset()
+        keep(key, value)
+
+    backend.set_cache = set_cache
 
 
 def keep_dead_ends_from_the_sampler() -> None:

@@ -18,6 +18,7 @@ from services.worker.engines.protocol import (
     Sampling,
     TokenLogprob,
 )
+from services.worker.engines.sglang_grammar import TOO_SLOW
 
 Chunk = Mapping[str, Any]
 
@@ -26,7 +27,8 @@ _BAD_REQUEST = 400
 # What a token that can't come has for a logarithm, in 32 bits: an infinity that SGLang has made finite.
 _IMPOSSIBLE = -1e30
 # What SGLang's scheduler says of a grammar that it can't use, at the start and on the way.
-_GRAMMAR_FAILURES = ("Failed to compile", "Grammar preprocessing timed out", "Grammar accept_token failed")
+_DEAD_END = "Grammar accept_token failed"
+_GRAMMAR_FAILURES = ("Failed to compile", "Grammar preprocessing timed out", _DEAD_END)
 
 
 def check_request(request: EngineRequest, vocab_size: int, *, seeded: bool) -> None:
@@ -104,6 +106,15 @@ def call_arguments(request: EngineRequest, *, seeded: bool) -> dict[str, Any]:
         arguments["bootstrap_port"] = request.room.port
         arguments["bootstrap_room"] = request.room.room
     return arguments
+
+
+def _grammar_failure(message: str) -> str:
+    """SGLang's words where they are the compiler's, and ours where they are about its own state."""
+    if TOO_SLOW in message:
+        return TOO_SLOW
+    if message.startswith(_DEAD_END):
+        return "no token of the vocabulary goes on from where the answer has come to"
+    return message
 
 
 def token_logprobs(meta: Mapping[str, Any]) -> list[TokenLogprob]:
@@ -220,7 +231,7 @@ class LiveRequest:
         """What of an abort is the request's own fault. `anything`: whether tokens have come."""
         message = str(reason.get("message") or "refused by the scheduler")
         if self._grammar is not None and message.startswith(_GRAMMAR_FAILURES):
-            return EngineRefusedError(message, field=self._grammar.field)
+            return EngineRefusedError(_grammar_failure(message), field=self._grammar.field)
         if reason.get("status_code") == _BAD_REQUEST and not anything:
             return EngineRefusedError(message)
         return None
