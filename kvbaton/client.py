@@ -315,7 +315,7 @@ class Client:
         self, *, text: str | None = None, chat: Messages | None = None, model: str = ""
     ) -> text_pb2.TokenizeResponse:
         """The tokens that a frontend makes of a prompt, a text or a chat. Raises RequestError."""
-        prompt = _request(text, chat, None)
+        prompt = _request(text, chat, None, ChatInput())
         request = text_pb2.TokenizeRequest(model=model)
         if text is None:
             request.chat.CopyFrom(prompt.chat)
