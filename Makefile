@@ -59,5 +59,6 @@ format: setup ## rewrite the code as lint wants it
 protos: setup ## generate kvbaton/v1 from protos/
 	@PYTHON=$(VENV)/bin/python scripts/gen_protos.sh
 
-docs: setup ## generate docs/configuration.md from the code
+docs: setup ## generate docs/configuration.md and docs/openai.md from the code
 	@PYTHONPATH=. $(VENV)/bin/python scripts/gen_config_docs.py
+	@PYTHONPATH=. $(VENV)/bin/python scripts/gen_openai_docs.py

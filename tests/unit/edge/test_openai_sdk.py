@@ -199,6 +199,8 @@ async def test_reasoning() -> None:
     ("refusal", "kind"),
     [
         (invalid("sampling.top_p", "2 is not in [0, 1]"), openai.BadRequestError),
+        (failure(Code.UNAUTHENTICATED), openai.AuthenticationError),
+        (failure(Code.PERMISSION_DENIED), openai.PermissionDeniedError),
         (failure(Code.NOT_FOUND, Reason.MODEL_NOT_FOUND), openai.NotFoundError),
         (failure(Code.ALREADY_EXISTS, Reason.DUPLICATE_REQUEST_ID), openai.ConflictError),
         (failure(Code.RESOURCE_EXHAUSTED, Reason.TOO_MANY_REQUESTS), openai.RateLimitError),
