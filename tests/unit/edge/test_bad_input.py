@@ -261,22 +261,6 @@ async def test_a_bad_part_of_a_field_is_refused_by_its_place(fields: dict[str, A
     assert error["message"].startswith(f"{param}: ")
 
 
-async def test_what_can_be_read_but_not_be_forwarded_is_refused_by_name() -> None:
-    deep: Any = {}
-    for _ in range(400):
-        deep = {"a": deep}
-    for fields, param in (
-        ({"chat_template_kwargs": deep}, "chat_template_kwargs"),
-        ({"response_format": SCHEMA | {"json_schema": {"name": "a", "schema": deep}}}, SCHEMA_PLACE),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": deep}}]}, PARAMETERS_PLACE),
-    ):
-        assert (await refused(ScriptedGeneration(), CHAT, **fields))["param"] == param
-
-
-SCHEMA_PLACE = "response_format.json_schema.schema"
-PARAMETERS_PLACE = "tools[0].function.parameters"
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

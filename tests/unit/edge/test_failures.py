@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 import pytest
 
@@ -10,6 +12,7 @@ from tests.unit.edge.fakes import ScriptedGeneration, failure, said
 from tests.unit.edge.harness import CHAT, COMPLETIONS, ROUTES, error_of, events_of, post
 
 Code = grpc.StatusCode
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}
 
 STATUSES = [
     (Code.INVALID_ARGUMENT, 400, "invalid_request_error"),
@@ -89,9 +92,28 @@ async def test_a_failure_after_it_is_the_status_of_a_plain_answer(route: str) ->
         (CHAT, {}, "chat.messages", "messages"),
         (CHAT, {}, "chat.messages[0].role", "messages[0].role"),
         (CHAT, {}, "model", "model"),
+        (CHAT, {}, "n", "n"),
+        (CHAT, {}, "logprobs", "logprobs"),
+        (CHAT, {"logprobs": True, "top_logprobs": 2}, "logprobs", "top_logprobs"),
+        (COMPLETIONS, {"logprobs": 2}, "logprobs", "logprobs"),
+        (CHAT, {}, "sampling.logit_bias", "logit_bias"),
+        (CHAT, {"response_format": {"type": "json_object"}}, "sampling.json_schema", "response_format"),
+        (CHAT, {"response_format": SCHEMA}, "sampling.json_schema", "response_format.json_schema.schema"),
+        (COMPLETIONS, {"json_schema": "{}"}, "sampling.json_schema", "json_schema"),
+        (COMPLETIONS, {"regex": "("}, "sampling.regex", "regex"),
+        (CHAT, {}, "chat.tools", "tools"),
+        (CHAT, {}, "chat.tools[1].strict", "tools[1].function.strict"),
+        (CHAT, {}, "chat.tools[1].parameters", "tools[1].function.parameters"),
+        (CHAT, {}, "chat.tool_choice", "tool_choice"),
+        (CHAT, {}, "chat.tool_choice.function", "tool_choice.function.name"),
+        (CHAT, {}, "chat.template_arguments", "chat_template_kwargs"),
+        (CHAT, {}, "chat.separate_reasoning", "separate_reasoning"),
+        (CHAT, {}, "chat.messages[2].tool_call_id", "messages[2].tool_call_id"),
+        (CHAT, {}, "chat.messages[2].tool_calls[0].arguments", "messages[2].tool_calls[0].function.arguments"),
+        (CHAT, {}, "chat.messages[2].reasoning", "messages[2].reasoning_content"),
     ],
 )
-async def test_a_refused_field_has_its_openai_name(route: str, given: dict[str, int], field: str, param: str) -> None:
+async def test_a_refused_field_has_its_openai_name(route: str, given: dict[str, Any], field: str, param: str) -> None:
     response = await post(ScriptedGeneration(refusal=invalid(field, "is bad")), route, **given)
     assert response.status_code == 400
     error = error_of(response)

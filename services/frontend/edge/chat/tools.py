@@ -62,13 +62,13 @@ ToolChoice = Annotated[
 ]
 
 
-def proto_tool(place: str, definition: FunctionDefinition) -> generate_pb2.Tool:
-    """As the frontend takes it; `place` is where the definition stands in the body."""
+def proto_tool(definition: FunctionDefinition) -> generate_pb2.Tool:
+    """As the frontend takes it."""
     parameters = definition.parameters
     return generate_pb2.Tool(
         name=definition.name,
         description=definition.description or "",
-        parameters="" if parameters is None else json_text(f"{place}.parameters", parameters),
+        parameters="" if parameters is None else json_text(parameters),
         strict=definition.strict,
     )
 

@@ -75,10 +75,10 @@ def chat_input(body: ConversationBody, messages: list[ChatMessage]) -> generate_
     return generate_pb2.ChatInput(
         messages=[proto_message(message) for message in messages],
         add_generation_prompt=_adds_generation_prompt(body, messages[-1]),
-        tools=[proto_tool(f"tools[{place}].function", tool.function) for place, tool in enumerate(tools)],
+        tools=[proto_tool(tool.function) for tool in tools],
         tool_choice=_tool_choice(body.tool_choice, tools=bool(tools)),
         parallel_tool_calls=body.parallel_tool_calls,
-        template_arguments=json_text("chat_template_kwargs", arguments) if arguments else "",
+        template_arguments=json_text(arguments) if arguments else "",
         separate_reasoning=body.separate_reasoning,
     )
 

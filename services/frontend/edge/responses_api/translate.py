@@ -119,10 +119,10 @@ def _chat_input(body: ResponsesRequest, messages: Sequence[generate_pb2.ChatMess
     tools = body.tools or []
     return generate_pb2.ChatInput(
         messages=messages,
-        tools=[proto_tool(f"tools[{place}]", tool) for place, tool in enumerate(tools)],
+        tools=[proto_tool(tool) for tool in tools],
         tool_choice=_tool_choice(body.tool_choice, tools=bool(tools)),
         parallel_tool_calls=body.parallel_tool_calls,
-        template_arguments=json_text("chat_template_kwargs", arguments) if arguments else "",
+        template_arguments=json_text(arguments) if arguments else "",
     )
 
 
@@ -144,8 +144,7 @@ def _grammar(body: ResponsesRequest) -> Grammar | None:
         case JsonObjectFormat():
             return Grammar("text.format", "json_schema", ANY_JSON_OBJECT)
         case FlatJsonSchemaFormat() as given:
-            place = "text.format.schema"
-            return Grammar(place, "json_schema", json_text(place, given.json_schema))
+            return Grammar("text.format.schema", "json_schema", json_text(given.json_schema))
         case _:
             return None
 
