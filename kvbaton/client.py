@@ -312,10 +312,16 @@ class Client:
         )
 
     async def tokenize(
-        self, *, text: str | None = None, chat: Messages | None = None, model: str = ""
+        self,
+        *,
+        text: str | None = None,
+        chat: Messages | None = None,
+        tools: Tools = (),
+        template_arguments: Mapping[str, Any] | None = None,
+        model: str = "",
     ) -> text_pb2.TokenizeResponse:
-        """The tokens that a frontend makes of a prompt, a text or a chat. Raises RequestError."""
-        prompt = _request(text, chat, None, ChatInput())
+        """The tokens that a frontend makes of a prompt, a text or a chat with its tools. Raises RequestError."""
+        prompt = _request(text, chat, None, _chat_options(tools, None, None, template_arguments, None))
         request = text_pb2.TokenizeRequest(model=model)
         if text is None:
             request.chat.CopyFrom(prompt.chat)
