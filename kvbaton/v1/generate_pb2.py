@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvbaton/v1/generate.proto\x12\nkvbaton.v1\x1a\x1egoogle/protobuf/duration.proto\"\xf7\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12%\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x15.kvbaton.v1.ChatInputH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.kvbaton.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.kvbaton.v1.SamplingParams\x12(\n\tbootstrap\x18\x07 \x01(\x0b\x32\x15.kvbaton.v1.Bootstrap\x12\x14\n\x07\x64p_rank\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x15\n\x08priority\x18\t \x01(\x05H\x02\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x03\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x04\x88\x01\x01\x42\x07\n\x05inputB\n\n\x08_dp_rankB\x0b\n\t_priorityB\x04\n\x02_nB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd0\x02\n\tChatInput\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvbaton.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1f\n\x05tools\x18\x03 \x03(\x0b\x32\x10.kvbaton.v1.Tool\x12+\n\x0btool_choice\x18\x04 \x01(\x0b\x32\x16.kvbaton.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\x12template_arguments\x18\x06 \x01(\t\x12\x1f\n\x12separate_reasoning\x18\x07 \x01(\x08H\x02\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x16\n\x14_parallel_tool_callsB\x15\n\x13_separate_reasoning\"\x8d\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12(\n\ntool_calls\x18\x04 \x03(\x0b\x32\x14.kvbaton.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x11\n\treasoning\x18\x06 \x01(\t\"]\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\x13\n\x06strict\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_strict\"V\n\nToolChoice\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1a.kvbaton.v1.ToolChoiceModeH\x00\x12\x12\n\x08\x66unction\x18\x02 \x01(\tH\x00\x42\x08\n\x06\x63hoice\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x88\x06\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x03H\x01\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\x03H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x03H\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\x0b\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12 \n\x13skip_special_tokens\x18\x0e \x01(\x08H\x0c\x88\x01\x01\x12=\n\nlogit_bias\x18\x0f \x03(\x0b\x32).kvbaton.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x0bjson_schema\x18\x10 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x11 \x01(\tH\x00\x12\x0e\n\x04\x65\x62nf\x18\x12 \x01(\tH\x00\x12\x18\n\x0estructural_tag\x18\x13 \x01(\tH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07grammarB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x16\n\x14_skip_special_tokens\"5\n\tBootstrap\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0c\n\x04room\x18\x03 \x01(\x04\"\xd8\x01\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12&\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.kvbaton.v1.Finished\x12\r\n\x05index\x18\x04 \x01(\r\x12\x11\n\treasoning\x18\x05 \x01(\t\x12-\n\ntool_calls\x18\x06 \x03(\x0b\x32\x19.kvbaton.v1.ToolCallDelta\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.kvbaton.v1.TokenLogprob\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"e\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.kvbaton.v1.TopLogprob\x12\r\n\x05token\x18\x04 \x01(\x0c\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\x0c\"\xfe\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.kvbaton.v1.FinishReason\x12\x1a\n\x10matched_token_id\x18\x02 \x01(\rH\x00\x12\x16\n\x0cmatched_stop\x18\x03 \x01(\tH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.kvbaton.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.kvbaton.v1.Timings\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\tB\t\n\x07matched\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\x94\x02\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08transfer\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0ctokenization\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07routing\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08*\x87\x01\n\x0eToolChoiceMode\x12 \n\x1cTOOL_CHOICE_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15TOOL_CHOICE_MODE_AUTO\x10\x01\x12\x19\n\x15TOOL_CHOICE_MODE_NONE\x10\x02\x12\x1d\n\x19TOOL_CHOICE_MODE_REQUIRED\x10\x03*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\x98\x01\n\x0fGenerateService\x12G\n\x08Generate\x12\x1b.kvbaton.v1.GenerateRequest\x1a\x1c.kvbaton.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.kvbaton.v1.AbortRequest\x1a\x19.kvbaton.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvbaton/v1/generate.proto\x12\nkvbaton.v1\x1a\x1egoogle/protobuf/duration.proto\"\xf7\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12%\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x15.kvbaton.v1.ChatInputH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.kvbaton.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.kvbaton.v1.SamplingParams\x12(\n\tbootstrap\x18\x07 \x01(\x0b\x32\x15.kvbaton.v1.Bootstrap\x12\x14\n\x07\x64p_rank\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x15\n\x08priority\x18\t \x01(\x05H\x02\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x03\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x04\x88\x01\x01\x42\x07\n\x05inputB\n\n\x08_dp_rankB\x0b\n\t_priorityB\x04\n\x02_nB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf0\x02\n\tChatInput\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvbaton.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1f\n\x05tools\x18\x03 \x03(\x0b\x32\x10.kvbaton.v1.Tool\x12+\n\x0btool_choice\x18\x04 \x01(\x0b\x32\x16.kvbaton.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\x12template_arguments\x18\x06 \x01(\t\x12\x1f\n\x12separate_reasoning\x18\x07 \x01(\x08H\x02\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x08 \x01(\x08\x42\x18\n\x16_add_generation_promptB\x16\n\x14_parallel_tool_callsB\x15\n\x13_separate_reasoning\"\x8d\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12(\n\ntool_calls\x18\x04 \x03(\x0b\x32\x14.kvbaton.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x11\n\treasoning\x18\x06 \x01(\t\"]\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\x13\n\x06strict\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_strict\"V\n\nToolChoice\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1a.kvbaton.v1.ToolChoiceModeH\x00\x12\x12\n\x08\x66unction\x18\x02 \x01(\tH\x00\x42\x08\n\x06\x63hoice\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x88\x06\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x03H\x01\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\x03H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x03H\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\x0b\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12 \n\x13skip_special_tokens\x18\x0e \x01(\x08H\x0c\x88\x01\x01\x12=\n\nlogit_bias\x18\x0f \x03(\x0b\x32).kvbaton.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x0bjson_schema\x18\x10 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x11 \x01(\tH\x00\x12\x0e\n\x04\x65\x62nf\x18\x12 \x01(\tH\x00\x12\x18\n\x0estructural_tag\x18\x13 \x01(\tH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07grammarB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x16\n\x14_skip_special_tokens\"5\n\tBootstrap\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0c\n\x04room\x18\x03 \x01(\x04\"\xd8\x01\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12&\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.kvbaton.v1.Finished\x12\r\n\x05index\x18\x04 \x01(\r\x12\x11\n\treasoning\x18\x05 \x01(\t\x12-\n\ntool_calls\x18\x06 \x03(\x0b\x32\x19.kvbaton.v1.ToolCallDelta\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.kvbaton.v1.TokenLogprob\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"e\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.kvbaton.v1.TopLogprob\x12\r\n\x05token\x18\x04 \x01(\x0c\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\x0c\"\xfe\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.kvbaton.v1.FinishReason\x12\x1a\n\x10matched_token_id\x18\x02 \x01(\rH\x00\x12\x16\n\x0cmatched_stop\x18\x03 \x01(\tH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.kvbaton.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.kvbaton.v1.Timings\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\tB\t\n\x07matched\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\x94\x02\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08transfer\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0ctokenization\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07routing\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08*\x87\x01\n\x0eToolChoiceMode\x12 \n\x1cTOOL_CHOICE_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15TOOL_CHOICE_MODE_AUTO\x10\x01\x12\x19\n\x15TOOL_CHOICE_MODE_NONE\x10\x02\x12\x1d\n\x19TOOL_CHOICE_MODE_REQUIRED\x10\x03*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\x98\x01\n\x0fGenerateService\x12G\n\x08Generate\x12\x1b.kvbaton.v1.GenerateRequest\x1a\x1c.kvbaton.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.kvbaton.v1.AbortRequest\x1a\x19.kvbaton.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,48 +34,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_TOOLCHOICEMODE']._serialized_start=3190
-  _globals['_TOOLCHOICEMODE']._serialized_end=3325
-  _globals['_FINISHREASON']._serialized_start=3327
-  _globals['_FINISHREASON']._serialized_end=3452
+  _globals['_TOOLCHOICEMODE']._serialized_start=3222
+  _globals['_TOOLCHOICEMODE']._serialized_end=3357
+  _globals['_FINISHREASON']._serialized_start=3359
+  _globals['_FINISHREASON']._serialized_end=3484
   _globals['_GENERATEREQUEST']._serialized_start=74
   _globals['_GENERATEREQUEST']._serialized_end=449
   _globals['_TOKENIDS']._serialized_start=451
   _globals['_TOKENIDS']._serialized_end=474
   _globals['_CHATINPUT']._serialized_start=477
-  _globals['_CHATINPUT']._serialized_end=813
-  _globals['_CHATMESSAGE']._serialized_start=816
-  _globals['_CHATMESSAGE']._serialized_end=957
-  _globals['_TOOL']._serialized_start=959
-  _globals['_TOOL']._serialized_end=1052
-  _globals['_TOOLCHOICE']._serialized_start=1054
-  _globals['_TOOLCHOICE']._serialized_end=1140
-  _globals['_TOOLCALL']._serialized_start=1142
-  _globals['_TOOLCALL']._serialized_end=1197
-  _globals['_SAMPLINGPARAMS']._serialized_start=1200
-  _globals['_SAMPLINGPARAMS']._serialized_end=1976
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1719
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1767
-  _globals['_BOOTSTRAP']._serialized_start=1978
-  _globals['_BOOTSTRAP']._serialized_end=2031
-  _globals['_GENERATERESPONSE']._serialized_start=2034
-  _globals['_GENERATERESPONSE']._serialized_end=2250
-  _globals['_TOOLCALLDELTA']._serialized_start=2252
-  _globals['_TOOLCALLDELTA']._serialized_end=2327
-  _globals['_TOKENLOGPROB']._serialized_start=2329
-  _globals['_TOKENLOGPROB']._serialized_end=2430
-  _globals['_TOPLOGPROB']._serialized_start=2432
-  _globals['_TOPLOGPROB']._serialized_end=2494
-  _globals['_FINISHED']._serialized_start=2497
-  _globals['_FINISHED']._serialized_end=2751
-  _globals['_USAGE']._serialized_start=2753
-  _globals['_USAGE']._serialized_end=2840
-  _globals['_TIMINGS']._serialized_start=2843
-  _globals['_TIMINGS']._serialized_end=3119
-  _globals['_ABORTREQUEST']._serialized_start=3121
-  _globals['_ABORTREQUEST']._serialized_end=3155
-  _globals['_ABORTRESPONSE']._serialized_start=3157
-  _globals['_ABORTRESPONSE']._serialized_end=3187
-  _globals['_GENERATESERVICE']._serialized_start=3455
-  _globals['_GENERATESERVICE']._serialized_end=3607
+  _globals['_CHATINPUT']._serialized_end=845
+  _globals['_CHATMESSAGE']._serialized_start=848
+  _globals['_CHATMESSAGE']._serialized_end=989
+  _globals['_TOOL']._serialized_start=991
+  _globals['_TOOL']._serialized_end=1084
+  _globals['_TOOLCHOICE']._serialized_start=1086
+  _globals['_TOOLCHOICE']._serialized_end=1172
+  _globals['_TOOLCALL']._serialized_start=1174
+  _globals['_TOOLCALL']._serialized_end=1229
+  _globals['_SAMPLINGPARAMS']._serialized_start=1232
+  _globals['_SAMPLINGPARAMS']._serialized_end=2008
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1751
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1799
+  _globals['_BOOTSTRAP']._serialized_start=2010
+  _globals['_BOOTSTRAP']._serialized_end=2063
+  _globals['_GENERATERESPONSE']._serialized_start=2066
+  _globals['_GENERATERESPONSE']._serialized_end=2282
+  _globals['_TOOLCALLDELTA']._serialized_start=2284
+  _globals['_TOOLCALLDELTA']._serialized_end=2359
+  _globals['_TOKENLOGPROB']._serialized_start=2361
+  _globals['_TOKENLOGPROB']._serialized_end=2462
+  _globals['_TOPLOGPROB']._serialized_start=2464
+  _globals['_TOPLOGPROB']._serialized_end=2526
+  _globals['_FINISHED']._serialized_start=2529
+  _globals['_FINISHED']._serialized_end=2783
+  _globals['_USAGE']._serialized_start=2785
+  _globals['_USAGE']._serialized_end=2872
+  _globals['_TIMINGS']._serialized_start=2875
+  _globals['_TIMINGS']._serialized_end=3151
+  _globals['_ABORTREQUEST']._serialized_start=3153
+  _globals['_ABORTREQUEST']._serialized_end=3187
+  _globals['_ABORTRESPONSE']._serialized_start=3189
+  _globals['_ABORTRESPONSE']._serialized_end=3219
+  _globals['_GENERATESERVICE']._serialized_start=3487
+  _globals['_GENERATESERVICE']._serialized_end=3639
 # @@protoc_insertion_point(module_scope)

@@ -82,6 +82,7 @@ class Chat:
     tools: Tools
     template_arguments: Mapping[str, Any]
     add_generation_prompt: bool
+    continue_final_message: bool
     separate_reasoning: bool | None
     """None: where it can be."""
 
@@ -94,9 +95,22 @@ def read_chat(chat: generate_pb2.ChatInput) -> Chat:
         messages=[_message(f"chat.messages[{index}]", message) for index, message in enumerate(chat.messages)],
         tools=_tools(chat),
         template_arguments=_template_arguments(chat.template_arguments),
-        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
+        add_generation_prompt=_adds_generation_prompt(chat),
+        continue_final_message=chat.continue_final_message,
         separate_reasoning=chat.separate_reasoning if chat.HasField("separate_reasoning") else None,
     )
+
+
+def _adds_generation_prompt(chat: generate_pb2.ChatInput) -> bool:
+    given = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else None
+    if not chat.continue_final_message:
+        return given is not False
+    field, last = "chat.continue_final_message", chat.messages[-1]
+    if given:
+        raise invalid(field, "contradicts add_generation_prompt: true")
+    if last.role != "assistant" or not last.content.strip() or last.tool_calls:
+        raise invalid(field, "the last message is not text of the assistant's")
+    return False
 
 
 def _message(field: str, message: generate_pb2.ChatMessage) -> ChatMessage:

@@ -56,7 +56,7 @@ class ChatAnswer:
         """`prompt` is the rendered one: a template that opens the reasoning, or closes it, ends with the marker."""
         if self.reasoning is None:
             return Thinking.CLOSED
-        if not self.chat.add_generation_prompt:
+        if self.chat.continue_final_message:
             prompt = str(self.chat.messages[-1].content or "")
             begun, over = prompt.rfind(THINK), prompt.rfind(THINK_END)
         else:

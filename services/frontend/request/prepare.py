@@ -182,6 +182,7 @@ async def _render(chat: Chat, text_model: TextModel) -> str:
             text_model.chat.render,
             chat.messages,
             add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
             tools=tools,
             template_arguments=chat.template_arguments,
         )
@@ -219,8 +220,8 @@ def _reply_format(
     return ReplyFormat(
         text_model.tokenizer,
         skip_special_tokens=params.skip_special_tokens if params.HasField("skip_special_tokens") else True,
-        # Behind a text prompt the answer continues its last character and word; a chat answer starts afresh.
-        prompt=() if answer is not None else prompt.token_ids,
+        # Behind a text prompt the answer continues its last character and word; a new turn starts afresh.
+        prompt=() if answer is not None and not answer.chat.continue_final_message else prompt.token_ids,
         stops=stops,
         parser=None if answer is None else answer.parser_factory(prompt.thinking),
         markers=() if answer is None else answer.markers,

@@ -25,6 +25,9 @@ from services.frontend.text.template_sandbox import (
 
 Content: TypeAlias = str | Sequence[Mapping[str, Any]] | None
 
+# Stands behind a message that is continued, while the template renders it.
+_END_OF_CONTENT = "\N{SYMBOL FOR END OF TEXT}kvbaton\N{SYMBOL FOR END OF TEXT}"
+
 RESERVED_ARGUMENTS = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
 """Template variables that are fields of their own."""
 
@@ -97,26 +100,32 @@ class ChatTemplate:
         messages: Sequence[ChatMessage | Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt. `template_arguments` are further variables ("enable_thinking"); they override special tokens.
 
+        With `continue_final_message` it ends with the last message's content, as transformers does it.
         Raises `InvalidMessagesError` when the request is at fault, `ChatTemplateError` when the template is.
         """
         arguments = dict(template_arguments or {})
         if reserved := RESERVED_ARGUMENTS.intersection(arguments):
             raise InvalidMessagesError(f"template argument {min(reserved)!r} is set by the request's own fields")
+        mappings = [_as_mapping(index, message) for index, message in enumerate(messages)]
+        if continue_final_message:
+            mappings[-1] = mappings[-1] | {"content": f"{mappings[-1].get('content') or ''}{_END_OF_CONTENT} "}
         variables = {
             **self._special_tokens,
             **arguments,
-            "messages": [_as_mapping(index, message) for index, message in enumerate(messages)],
+            "messages": mappings,
             "tools": None if tools is None else [dict(tool) for tool in tools],
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         template = self._templates.get("tool_use") if tools is not None else None
-        return self._render(template or self._templates["default"], variables)
+        prompt = self._render(template or self._templates["default"], variables)
+        return _until_mark(prompt) if continue_final_message else prompt
 
     def _compile(self, name: str, source: str) -> jinja2.Template:
         try:
@@ -138,6 +147,14 @@ class ChatTemplate:
 def _variables(environment: jinja2.Environment, source: str) -> set[str]:
     """The names that a template reads."""
     return {name.name for name in environment.parse(source).find_all(nodes.Name) if name.ctx == "load"}
+
+
+def _until_mark(prompt: str) -> str:
+    if (end := prompt.rfind(_END_OF_CONTENT)) < 0:
+        raise InvalidMessagesError("the last message can't be continued: its content is not in the prompt")
+    # Without the space behind the mark the template trims its messages, so it would have trimmed this one.
+    trims = not prompt.startswith(f"{_END_OF_CONTENT} ", end)
+    return prompt[:end].rstrip() if trims else prompt[:end]
 
 
 def _as_mapping(index: int, message: ChatMessage | Mapping[str, Any]) -> dict[str, Any]:

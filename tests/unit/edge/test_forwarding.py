@@ -191,13 +191,17 @@ async def test_arguments_of_the_chat_template(fields: dict[str, Any], expected: 
     assert (await forwarded(CHAT)).chat.template_arguments == ""
 
 
-@pytest.mark.parametrize("fields", [{"continue_final_message": True}, {"add_generation_prompt": False}])
-async def test_continuing_the_last_message(fields: dict[str, bool]) -> None:
+async def test_continuing_the_last_message() -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He"}]
-    chat = (await forwarded(CHAT, messages=messages, **fields)).chat
+    assert (await forwarded(CHAT, messages=messages, continue_final_message=True)).chat.continue_final_message
+    assert not (await forwarded(CHAT, continue_final_message=False)).chat.continue_final_message
+
+
+async def test_opening_no_turn_behind_the_messages() -> None:
+    chat = (await forwarded(CHAT, add_generation_prompt=False)).chat
     assert chat.HasField("add_generation_prompt")
     assert not chat.add_generation_prompt
-    assert not (await forwarded(CHAT, continue_final_message=False)).chat.HasField("add_generation_prompt")
+    assert not (await forwarded(CHAT)).chat.HasField("add_generation_prompt")
 
 
 async def test_whether_reasoning_is_told_apart() -> None:

@@ -121,6 +121,21 @@ def test_well_known_templates_render_as_in_transformers(name: str, add_generatio
         assert ours.render(messages, add_generation_prompt=add_generation_prompt) == expected
 
 
+@pytest.mark.parametrize("name", ["llama 3", "mistral"])
+def test_a_last_message_is_continued_as_in_transformers(name: str) -> None:
+    messages = [*CONVERSATION[1:], {"role": "assistant", "content": " The city is called \n"}]
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+    prompt = template(TEMPLATES[name]).render(messages, **options)
+    assert prompt == transformers_prompt(TEMPLATES[name], messages, **options)
+    assert prompt.rstrip().endswith("The city is called")
+
+
+def test_a_last_message_that_the_template_leaves_out_cannot_be_continued() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(InvalidMessagesError, match="can't be continued"):
+        template("{{ messages[0].content }}").render(messages, add_generation_prompt=False, continue_final_message=True)
+
+
 def test_tools_calls_and_further_arguments_render_as_in_transformers() -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln", "n": 1.5}}}
     messages = [

@@ -37,9 +37,9 @@ class ConversationBody(Body):
     separate_reasoning: bool | None = None
     """Reasoning goes to `reasoning_content` and not to `content`. Default true."""
     add_generation_prompt: bool | None = None
-    """False continues the last message instead of opening an assistant turn. Default true."""
+    """False opens no assistant turn behind the messages. Default true."""
     continue_final_message: bool | None = None
-    """True is the same as `add_generation_prompt: false`; the last message must be the assistant's."""
+    """The answer goes on where the last message ends, which must be the assistant's."""
 
 
 class ChatCompletionRequest(SamplingBody, ConversationBody):

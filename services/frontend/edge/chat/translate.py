@@ -74,7 +74,8 @@ def chat_input(body: ConversationBody, messages: list[ChatMessage]) -> generate_
     tools = body.tools or []
     return generate_pb2.ChatInput(
         messages=[proto_message(message) for message in messages],
-        add_generation_prompt=_adds_generation_prompt(body, messages[-1]),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=_continues(body, messages[-1]),
         tools=[proto_tool(tool.function) for tool in tools],
         tool_choice=_tool_choice(body.tool_choice, tools=bool(tools)),
         parallel_tool_calls=body.parallel_tool_calls,
@@ -93,14 +94,14 @@ def _tool_choice(choice: ToolChoice | None, *, tools: bool) -> generate_pb2.Tool
             return proto_tool_choice(choice, named=False, tools=tools)
 
 
-def _adds_generation_prompt(body: ConversationBody, last: ChatMessage) -> bool | None:
+def _continues(body: ConversationBody, last: ChatMessage) -> bool:
     if not body.continue_final_message:
-        return body.add_generation_prompt
+        return False
     if body.add_generation_prompt:
         raise invalid("continue_final_message", "contradicts add_generation_prompt: true")
     if not isinstance(last, AssistantMessage):
         raise invalid("continue_final_message", "the last message is not the assistant's")
-    return False
+    return True
 
 
 def _logprobs(body: ChatCompletionRequest) -> int | None:
