@@ -10,7 +10,7 @@ import http
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import h11
 from uvicorn.config import Config
@@ -66,7 +66,8 @@ class LimitedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Refuses it when there are too many."""
-        assert isinstance(transport, asyncio.Transport)
+        # No isinstance: uvloop's is none of asyncio's classes.
+        transport = cast("asyncio.Transport", transport)
         super().connection_made(transport)
         if len(self.connections) > 2 * self._limits.max_connections:
             transport.abort()
