@@ -18,6 +18,14 @@ from services.frontend.edge.options import EdgeOptions
 MAX_JSON_DEPTH = 64
 """Of lists and objects in each other; what is passed on is written and read again by parsers with limits of theirs."""
 
+MAX_JSON_PARTS = 100_000
+"""Lists, objects and keys of objects together. To check a million of them takes a minute, and gigabytes."""
+
+
+# In the whole text, also inside of strings. No prompt that a model takes has as many, and ten millions of empty lists
+# take the parser 20 s.
+_MAX_BRACKETS = 1_000_000
+
 
 def json_route(options: EdgeOptions) -> type[APIRoute]:
     """The route class whose handlers get their body through `JsonRequest`."""
@@ -87,15 +95,16 @@ class JsonRequest(Request):
     async def json(self) -> Any:
         """The body's value. NaN, infinities, lone surrogates and trailing content are no JSON."""
         body = await self.body()
+        brackets = body.count(b"[") + body.count(b"{")
+        if brackets > _MAX_BRACKETS:
+            raise _too_many_parts()
         try:
             value = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise HttpError(400, "invalid_json", f"the body is not valid JSON in UTF-8: {error}") from None
-        # Few brackets can't be deep, however long the text or the list of tokens between them is.
-        if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and _is_deeper(value, MAX_JSON_DEPTH):
-            raise HttpError(
-                400, "invalid_json", f"the body has more than {MAX_JSON_DEPTH} lists and objects in each other"
-            )
+        # Most bodies are settled by this: a long text and a long list of tokens have few of either.
+        if brackets > MAX_JSON_DEPTH or body.count(b":") > MAX_JSON_PARTS:
+            _check_shape(value)
         return value
 
     async def _read(self, limit: int) -> bytes:
@@ -127,14 +136,22 @@ def _check_length(headers: Headers, limit: int) -> None:
         raise _too_large(limit)
 
 
-def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit + 1):
-        inside = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [child for children in inside for child in children if isinstance(child, dict | list)]
+def _check_shape(value: Any) -> None:
+    """Raises HttpError for a value that is too deep, or has too many parts."""
+    level, parts = [value], 0
+    for _ in range(MAX_JSON_DEPTH + 1):
+        parts += len(level) + sum(len(each) for each in level if isinstance(each, dict))
+        if parts > MAX_JSON_PARTS:
+            raise _too_many_parts()
+        children = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for inside in children for child in inside if isinstance(child, dict | list)]
         if not level:
-            return False
-    return True
+            return
+    raise HttpError(400, "invalid_json", f"lists and objects in each other, more than {MAX_JSON_DEPTH} deep")
+
+
+def _too_many_parts() -> HttpError:
+    return HttpError(400, "invalid_json", f"more than {MAX_JSON_PARTS} lists, objects and keys of objects")
 
 
 def _too_large(limit: int) -> HttpError:

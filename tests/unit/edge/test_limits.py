@@ -6,19 +6,23 @@ import asyncio
 import json
 import re
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
 from services.frontend.edge import EdgeOptions
-from services.frontend.edge.body import MAX_JSON_DEPTH
+from services.frontend.edge.body import MAX_JSON_DEPTH, MAX_JSON_PARTS
 from services.http_protocol import MAX_HEADERS, ConnectionLimits
 from services.http_server import HttpServer
+from services.transport import TlsConfig
+from tests.support.certificates import Authority
 from tests.support.waiting import eventually
-from tests.unit.edge.fakes import Hang, ScriptedGeneration, ended, said
+from tests.unit.edge.fakes import MODEL, Hang, ScriptedGeneration, ended, said
 from tests.unit.edge.harness import BODIES, CHAT, COMPLETION, COMPLETIONS, CONVERSATION, app_for, error_of, in_memory
 
 LIVE = b"GET /live HTTP/1.1\r\nhost: e\r\n\r\n"
@@ -248,6 +252,18 @@ async def test_headers_that_come_byte_by_byte_are_408(sent_before: int) -> None:
 async def test_a_connection_without_a_request_is_closed() -> None:
     async with edge(header_timeout=0.2) as server:
         assert await (await server.connect()).closed(within=2.0) == b""
+
+
+async def test_a_tls_handshake_has_the_same_deadline(tmp_path: Path) -> None:
+    cert, secret = Authority(tmp_path, "a").issue("edge")
+    app = app_for(ScriptedGeneration(), None)
+    limits = ConnectionLimits(header_timeout=0.3)
+    async with HttpServer(
+        app, host="127.0.0.1", port=0, flag="-", tls=TlsConfig(cert, secret), limits=limits, stop_grace_seconds=1.0
+    ) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        assert await Connection(reader, writer).closed(within=3.0) == b""
+        writer.close()
 
 
 async def test_an_idle_connection_is_kept_and_then_closed() -> None:
@@ -485,8 +501,37 @@ async def test_deep_json_is_400(depth: int, opening: str, closing: str) -> None:
         assert error_of(response)["code"] == "invalid_json"
 
 
-async def test_brackets_in_a_text_are_not_depth() -> None:
+MILLION = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x"}] * MILLION}),
+        (CHAT, CONVERSATION | {f"k{number}": 1 for number in range(MILLION)}),
+        (COMPLETIONS, COMPLETION | {"logit_bias": {str(number): "x" for number in range(MILLION)}}),
+        (COMPLETIONS, COMPLETION | {"prompt": [[]] * MILLION}),
+    ],
+    ids=["messages", "fields", "biases", "prompts"],
+)
+async def test_a_million_of_anything_is_400_before_it_costs_much(route: str, fields: dict[str, Any]) -> None:
+    body = orjson.dumps({"model": MODEL} | fields)
     async with in_memory(ScriptedGeneration()) as client:
-        content = "[" * 1000 + "{" * 1000
+        began = time.process_time()
+        response = await client.post(route, content=body, headers={"content-type": "application/json"})
+        assert response.status_code == 400
+        assert error_of(response)["code"] == "invalid_json"
+        assert time.process_time() - began < 10, "seconds; a minute if each were checked"
+
+
+async def test_thousands_of_messages_are_no_attack() -> None:
+    async with in_memory(ScriptedGeneration()) as client:
+        messages = [{"role": "user", "content": "x"}] * 5000
+        assert (await client.post(CHAT, json=CONVERSATION | {"messages": messages})).status_code == 200
+
+
+async def test_brackets_and_colons_in_a_text_are_no_structure() -> None:
+    async with in_memory(ScriptedGeneration()) as client:
+        content = "[" * 1000 + "{" * 1000 + ":" * MAX_JSON_PARTS
         messages = [{"role": "user", "content": content}] * 40
         assert (await client.post(CHAT, json=CONVERSATION | {"messages": messages})).status_code == 200
