@@ -26,6 +26,10 @@ from services.frontend.servicers.gate import RpcGate
 from services.frontend.servicers.generate import GenerateServicer
 from services.frontend.servicers.model import ModelServicer
 from services.grpc_health import GrpcHealth
+from services.tools.bench.samples import Kind
+from services.tools.bench.sender import CancelTimes, Sender
+from services.tools.bench.workload import Planned
+from services.tools.client_flags import ClientFlags
 from services.transport import bind, make_channel, make_server
 from tests.support.waiting import eventually
 from tests.unit.access.support import ALICE, BOB, Clock, key
@@ -189,6 +193,24 @@ async def test_nobody_aborts_the_request_of_another_key() -> None:
         with pytest.raises(RequestError) as caught:
             await anext(chunks)
         assert caught.value.code is grpc.StatusCode.CANCELLED
+
+
+async def test_the_commands_send_their_key_to_the_frontend_and_to_nobody_else() -> None:
+    async with served(Gate([key()])) as address:
+        async with ClientFlags(endpoint=address, api_key=ALICE).client() as client:
+            await client.list_models()
+        async with ClientFlags(endpoint="localhost:1", api_key=ALICE).client(address) as client:
+            with pytest.raises(RequestError) as caught:
+                await client.list_models()
+            assert caught.value.reason is Reason.API_KEY_MISSING
+
+
+async def test_a_benchmark_sends_its_key() -> None:
+    request = generate_pb2.GenerateRequest(model=MODEL, token_ids=generate_pb2.TokenIds(ids=PROMPT))
+    async with served(Gate([key()])) as address, make_channel(address) as channel:
+        for secret, kind in ((ALICE, Kind.FINISHED), ("", Kind.ERROR)):
+            sample = await Sender([channel], 5.0, CancelTimes(None), secret).send(Planned(0, request, None))
+            assert sample.outcome.kind is kind
 
 
 async def test_a_message_that_is_too_large_is_refused_by_grpc_and_harms_nobody() -> None:

@@ -12,6 +12,7 @@ from services.config.frontend import FrontendConfig
 from services.config.worker import WorkerConfig
 from services.modes import mode_of
 from services.requests import Role
+from services.tools.client_flags import ClientFlags
 from tests.support.commands import environment_names
 from tests.unit.deploy.conftest import ROOT
 
@@ -82,6 +83,7 @@ def test_the_ports_are_the_defaults() -> None:
 
 def test_flags_and_variables_exist() -> None:
     variables = environment_names(FrontendConfig) | environment_names(WorkerConfig)
+    variables |= environment_names(ClientFlags)
     # SGLang's own, the mode of `kvbaton prefill|decode`, and the flag that exports traces.
     others = {"--tp", "--mem-fraction-static", "--disaggregation-mode", "--enable-otel"}
     for text in (OPERATIONS, TROUBLESHOOTING, (ROOT / "deploy" / "k8s" / "README.md").read_text()):
