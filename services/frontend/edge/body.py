@@ -15,9 +15,6 @@ from starlette.datastructures import Headers
 from services.frontend.edge.errors import HttpError
 from services.frontend.edge.options import EdgeOptions
 
-MAX_JSON_DEPTH = 64
-"""Of lists and objects in each other; what is passed on is written and read again by parsers with limits of theirs."""
-
 MAX_JSON_PARTS = 100_000
 """Lists, objects and keys of objects together. To check a million of them takes a minute, and gigabytes."""
 
@@ -103,8 +100,8 @@ class JsonRequest(Request):
         except orjson.JSONDecodeError as error:
             raise HttpError(400, "invalid_json", f"the body is not valid JSON in UTF-8: {error}") from None
         # Most bodies are settled by this: a long text and a long list of tokens have few of either.
-        if brackets > MAX_JSON_DEPTH or body.count(b":") > MAX_JSON_PARTS:
-            _check_shape(value)
+        if brackets + body.count(b":") > MAX_JSON_PARTS:
+            _check_parts(value)
         return value
 
     async def _read(self, limit: int) -> bytes:
@@ -136,18 +133,15 @@ def _check_length(headers: Headers, limit: int) -> None:
         raise _too_large(limit)
 
 
-def _check_shape(value: Any) -> None:
-    """Raises HttpError for a value that is too deep, or has too many parts."""
+def _check_parts(value: Any) -> None:
+    """Raises HttpError for a value of too many parts. The parser has bounded its depth."""
     level, parts = [value], 0
-    for _ in range(MAX_JSON_DEPTH + 1):
+    while level:
         parts += len(level) + sum(len(each) for each in level if isinstance(each, dict))
         if parts > MAX_JSON_PARTS:
             raise _too_many_parts()
         children = (each.values() if isinstance(each, dict) else each for each in level)
         level = [child for inside in children for child in inside if isinstance(child, dict | list)]
-        if not level:
-            return
-    raise HttpError(400, "invalid_json", f"lists and objects in each other, more than {MAX_JSON_DEPTH} deep")
 
 
 def _too_many_parts() -> HttpError:
