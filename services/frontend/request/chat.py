@@ -14,6 +14,8 @@ from kvbaton.v1 import generate_pb2
 from services.frontend.parsers.grammars import Function
 from services.frontend.text.chat_template import RESERVED_ARGUMENTS, ChatMessage
 
+# Millions fit a gRPC message: seconds of the event loop, and gigabytes, before a token is counted.
+MAX_MESSAGES = 32_768
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
 MAX_CALL_BYTES = 1024 * 1024
@@ -91,6 +93,8 @@ def read_chat(chat: generate_pb2.ChatInput) -> Chat:
     """Raises RequestError naming the field."""
     if not chat.messages:
         raise invalid("chat.messages", "no message")
+    if len(chat.messages) > MAX_MESSAGES:
+        raise invalid("chat.messages", f"{len(chat.messages)} messages, at most {MAX_MESSAGES}")
     return Chat(
         messages=[_message(f"chat.messages[{index}]", message) for index, message in enumerate(chat.messages)],
         tools=_tools(chat),

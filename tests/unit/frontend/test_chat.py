@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2, worker_pb2
 from kvbaton.v1.generate_pb2 import ChatInput, ChatMessage, GenerateRequest, SamplingParams, Tool, ToolCall, ToolChoice
-from services.frontend.request.chat import MAX_JSON_DEPTH, MAX_TEMPLATE_ARGUMENTS_BYTES, MAX_TOOLS
+from services.frontend.request.chat import MAX_JSON_DEPTH, MAX_MESSAGES, MAX_TEMPLATE_ARGUMENTS_BYTES, MAX_TOOLS
 from services.frontend.request.prepare import PreparedRequest, prepare
 from services.frontend.text import ChatTemplate, TextTokenizer
 from services.frontend.text_models import TextModel
@@ -149,6 +149,7 @@ def tool_list(count: int) -> list[Tool]:
         ({"tool_choice": REQUIRED}, "chat.tool_choice"),
         ({"tool_choice": ToolChoice(function="f")}, "chat.tool_choice"),
         ({"tools": TOOLS, "tool_choice": ToolChoice(function="h")}, "chat.tool_choice.function"),
+        ({"messages": [USER] * (MAX_MESSAGES + 1)}, "chat.messages"),
         ({"messages": [USER, ChatMessage(role="tool", content="x")]}, "chat.messages[1].tool_call_id"),
         ({"messages": [ChatMessage(role="user", tool_calls=[ToolCall(name="f")])]}, "chat.messages[0].tool_calls"),
         (
