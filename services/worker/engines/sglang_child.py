@@ -26,12 +26,13 @@ _TRIAL_NICENESS = 10
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
-    """SGLang's `run_scheduler_process` with the changes of this module, on a CPU with all of them."""
+    """SGLang's `run_scheduler_process` with the changes of this module, some of them on a CPU alone."""
     die_with_parent()
     scheduler: Any = import_module("sglang.srt.managers.scheduler")
     grammars.build_from_models_tokenizer()
     try_grammars_out(args[0] if args else kwargs["server_args"])
     count_min_new_tokens_without_tokenizer()
+    draw_alike_in_every_batch()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         os.nice(_CPU_NICENESS)
         register_kv_cache_as_host_memory()
@@ -157,18 +158,21 @@ def seed_every_request() -> None:
         return info
 
     batch_info.from_schedule_batch = classmethod(from_schedule_batch)
-    _allow_min_p_with_seeds()
 
 
-def _allow_min_p_with_seeds() -> None:
-    """Apply min_p ahead of SGLang's seeded sampler, which asserts that there is none.
+def draw_alike_in_every_batch() -> None:
+    """Let a seed give the same tokens whatever else is in the batch, and let it go with min_p.
 
-    min_p, top_k and top_p each drop the least likely tokens, so their order doesn't matter.
+    SGLang draws from probabilities in the order of the vocabulary, but from sorted ones as soon as one request of the
+    batch has a top_k (a greedy one has), a top_p or a min_p; the same seed then gives another token. With min_p it
+    asserts that there is no seed. Here the filters leave the order alone. min_p, top_k and top_p each drop the least
+    likely tokens, so that their order doesn't matter.
     """
+    torch: Any = import_module("torch")
     sampler: Any = import_module("sglang.srt.layers.sampler")
-    sample = sampler.top_k_top_p_min_p_sampling_from_probs_torch
+    sample, draw = sampler.top_k_top_p_min_p_sampling_from_probs_torch, sampler.sampling_from_probs_torch
 
-    def with_min_p_first(
+    def filtered_in_place(
         probs: Any,
         top_ks: Any,
         top_ps: Any,
@@ -178,10 +182,17 @@ def _allow_min_p_with_seeds() -> None:
         positions: Any,
         **kwargs: Any,
     ) -> Any:
-        if need_min_p_sampling and sampling_seed is not None:
+        if sampling_seed is None or kwargs.get("return_filtered_probs"):
+            return sample(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, **kwargs)
+        if need_min_p_sampling:
             threshold = probs.amax(dim=-1, keepdim=True) * min_ps.view(-1, 1)
             probs = probs.masked_fill(probs < threshold, 0.0)
-            need_min_p_sampling = False
-        return sample(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, **kwargs)
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+        ranks = torch.arange(ranked.shape[-1], device=ranked.device).view(1, -1)
+        # Without a top_p nothing is dropped, also where the rounded sum exceeds 1.
+        limits = top_ps.masked_fill(top_ps >= 1.0, 2.0)
+        dropped = (ranks >= top_ks.view(-1, 1)) | (ranked.cumsum(dim=-1) - ranked > limits.view(-1, 1))
+        dropped = torch.zeros_like(dropped).scatter_(1, order, dropped)
+        return draw(probs.masked_fill(dropped, 0.0), sampling_seed, positions)
 
-    sampler.top_k_top_p_min_p_sampling_from_probs_torch = with_min_p_first
+    sampler.top_k_top_p_min_p_sampling_from_probs_torch = filtered_in_place
