@@ -97,12 +97,14 @@ class TrialServer:
     def __init__(self, listener: socket.socket, load_tokenizer: Callable[[], Any]) -> None:
         self._listener = listener
         self._load_tokenizer = load_tokenizer
+        self._tokenizer: Any = None
         self._backend: Any = None
 
     def run(self) -> None:
-        """Until this process is killed."""
+        """Until this process is killed. Raises what loading the tokenizer raises."""
         logging.disable(logging.CRITICAL)  # SGLang logs every grammar that it refuses, whole
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        self._tokenizer = self._load_tokenizer()  # while the model is loaded: nobody waits for it then
         while True:
             connection, _ = self._listener.accept()
             with connection:
@@ -126,7 +128,7 @@ class TrialServer:
 
     def _build(self, vocab_size: int, eos_token_ids: list[int]) -> Any:
         backend: Any = import_module("sglang.srt.constrained.xgrammar_backend").XGrammarGrammarBackend
-        return backend(self._load_tokenizer(), vocab_size=vocab_size, model_eos_token_ids=eos_token_ids)
+        return backend(self._tokenizer, vocab_size=vocab_size, model_eos_token_ids=eos_token_ids)
 
     def _refusal(self, key_type: str, source: str, vocab_size: int) -> str:
         try:
