@@ -179,6 +179,13 @@ async def test_a_grammar_that_is_none_is_refused_by_its_field(pair: Pair, kind: 
     assert named in error.message
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_a_grammar_that_leads_nowhere_on_the_way_ends_its_request_alone(pair: Pair, temperature: float) -> None:
+    error = await refusal(pair, ebnf='root ::= "ab" x\nx ::= x "c"', temperature=temperature)
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "sampling.ebnf")
+    assert "no token of the vocabulary goes on" in error.message
+
+
 async def test_what_takes_for_ever_to_compile_is_refused_while_others_are_answered(
     pair: Pair, answers: dict[str, Given]
 ) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import re
 import resource
 import signal
@@ -162,7 +163,8 @@ def leads_nowhere(matcher: Any, vocab_size: int) -> bool:
 
 
 def limit_this_process() -> None:
-    """End this process at the deadline, whatever it does then; let it have so much more memory and no more."""
+    """End this process at the deadline, whatever it does then; let it have so much more memory, and one core."""
+    os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, DEADLINE_S)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
