@@ -193,6 +193,10 @@ class _LimitedParser(h11.Connection):
     def _check(self, request: h11.Request) -> None:
         if request.http_version not in (b"1.0", b"1.1"):
             raise h11.RemoteProtocolError("another version of HTTP", error_status_hint=505)
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+            # Allowed, but whoever stands before us may have read it the other way: the rest would be a smuggled request
+            # (RFC 9112, 6.1).
+            raise h11.RemoteProtocolError("two lengths of one body", error_status_hint=400)
         size = len(request.method) + len(request.target)
         size += sum(len(name) + len(value) + 4 for name, value in request.headers)
         if size > self._max_header_bytes or len(request.headers) > MAX_HEADERS:
