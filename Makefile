@@ -2,7 +2,7 @@ VENV ?= .venv
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: docs help setup model demo test test-unit test-integration test-chaos test-e2e lint format protos
+.PHONY: aiperf docs guidellm help setup model demo test test-unit test-integration test-chaos test-e2e lint format protos
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ test-chaos: setup ## kills, freezes and restarts of real processes (skipped with
 
 test-e2e: model ## SGLang on the CPU: prefill and decode over NIXL, tokens compared
 	$(call stage,e2e,SGLang on the CPU$(comma) prefill and decode over NIXL)
+
+aiperf: model ## aiperf against a cluster of simulated engines (1.2 GB more on the first run; LOADGEN_ARGS=…)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/loadgen.sh aiperf $(LOADGEN_ARGS)
+
+guidellm: model ## the same with guidellm (1.5 GB)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/loadgen.sh guidellm $(LOADGEN_ARGS)
 
 comma := ,
 
