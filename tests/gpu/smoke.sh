@@ -12,15 +12,7 @@ OUT=${OUT:-build/gpu}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 
-if [ -n "${KIT:-}" ]; then
-  # The compile cache's keys hold the folder's name, so it is always the same one.
-  SITE=$(dirname "$(mktemp -u)")/site
-  if [ ! -d "$SITE/sglang" ]; then
-    mkdir -p "$SITE"
-    tar xJf "$KIT/site.tar.xz" -C "$SITE"
-    [ ! -f "$KIT/jit-cache.tar.xz" ] || tar xJf "$KIT/jit-cache.tar.xz" -C ~
-  fi
-  export PYTHONPATH="$SITE" CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} PATH="$SITE/bin:$PATH"
-fi
+# shellcheck source=tests/gpu/kit.sh
+source tests/gpu/kit.sh
 
 exec "$PYTHON" -P tests/gpu/smoke.py --out "$OUT" ${LAYERS:+--layers "$LAYERS"}

@@ -1,0 +1,1 @@
+"""Baton beside bare SGLang on the same GPUs, in one run: `benchmarks/gpu/run.sh bench`."""

@@ -1,0 +1,73 @@
+"""One SGLang engine and nothing else: requests in over a Unix socket, tokens out, a JSON object a line.
+
+This is the side that Baton is compared with: no gRPC, no router, no etcd. The driver posts both legs itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Builds the engine from SGLang's own flags, then serves until it is terminated."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--socket", type=Path, required=True)
+    parsed, native_args = parser.parse_known_args()
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.server_args import prepare_server_args
+
+    # As in Baton: ids in, ids out, deltas instead of everything again.
+    own = ["--skip-tokenizer-init", "--incremental-streaming-output", "--log-level", "warning"]
+    engine = Engine(server_args=prepare_server_args([*native_args, *own]))
+    try:
+        asyncio.run(serve(engine, parsed.socket))
+    finally:
+        engine.shutdown()
+
+
+async def serve(engine: Any, path: Path) -> None:
+    """Until SIGTERM."""
+    engine.tokenizer_manager.auto_create_handle_loop()
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.TaskGroup() as group:
+            while line := await reader.readline():
+                group.create_task(answer(engine, json.loads(line), writer))
+        writer.close()
+
+    server = await asyncio.start_unix_server(connected, path, limit=1 << 24)
+    async with server:
+        path.with_suffix(".ready").write_text(str(os.getpid()))
+        await stop.wait()
+
+
+async def answer(engine: Any, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    """Streams one request's tokens; the last line has `end`."""
+    number = request.pop("number")
+    try:
+        stream = await engine.async_generate(**request, stream=True)
+        async for chunk in stream:
+            reason = chunk["meta_info"].get("finish_reason")
+            tokens = chunk.get("output_ids") or []
+            cached = chunk["meta_info"].get("cached_tokens") or 0
+            line = {"number": number, "tokens": tokens, "end": reason and reason["type"], "cached": cached}
+            writer.write(json.dumps(line).encode() + b"\n")
+    except Exception as error:  # noqa: BLE001 - the driver raises it
+        writer.write(
+            json.dumps({"number": number, "tokens": [], "end": f"failed: {error}", "cached": 0}).encode() + b"\n"
+        )
+    with contextlib.suppress(ConnectionError):
+        await writer.drain()
+
+
+if __name__ == "__main__":
+    main()
