@@ -350,13 +350,13 @@ async def test_a_backend_that_knows_no_sequences_is_named(tokenizer: TextTokeniz
         ("deepseek-r1", {"separate_reasoning": False}, "", "a"),
         (
             "qwen3",
-            {"messages": [ChatMessage(role="assistant", content="<think>b")], "add_generation_prompt": False},
+            {"messages": [ChatMessage(role="assistant", content="<think>b")], "continue_final_message": True},
             "a",
             "",
         ),
         (
             "deepseek-r1",
-            {"messages": [ChatMessage(role="assistant", content="<think>b</think>c")], "add_generation_prompt": False},
+            {"messages": [ChatMessage(role="assistant", content="<think>b</think>c")], "continue_final_message": True},
             "",
             "a",
         ),
