@@ -73,9 +73,9 @@ def grammar_of(format: ResponseFormat | None, place: str = "response_format") ->
             return Grammar(place, "json_schema", ANY_JSON_OBJECT)
         case JsonSchemaFormat():
             place = f"{place}.json_schema.schema"
-            return Grammar(place, "json_schema", json_text(format.json_schema.json_schema))
+            return Grammar(place, "json_schema", json_text(format.json_schema.json_schema, place))
         case StructuralTagFormat():
             tag = {"type": format.type, "format": format.format}
-            return Grammar(place, "structural_tag", json_text(tag))
+            return Grammar(place, "structural_tag", json_text(tag, place))
         case _:
             return None

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from kvbaton.errors import invalid
 from services.requests import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 TOKEN_ID_LIMIT = 1 << 32
@@ -125,9 +126,13 @@ def _token_ids(value: object) -> list[int]:
     return token_ids(cast("list[object]", value))
 
 
-def json_text(value: object) -> str:
-    """A value of the body as JSON again. Bodies are never nested as deeply as orjson's writer minds (see body.py)."""
-    return orjson.dumps(value).decode()
+def json_text(value: object, field: str) -> str:
+    """The value of a field as JSON again. Raises RequestError for one that is nested too deeply to be written."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError as error:
+        # What was parsed has only types that can be written, but may be four times as deep.
+        raise invalid(field, f"can't be forwarded: {error}") from None
 
 
 def _as_list(value: object) -> object:

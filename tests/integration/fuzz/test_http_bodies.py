@@ -107,8 +107,16 @@ VALUES = {
     "numbers beyond any token id": f"[{2**32}]",
     "negative token ids": "[-1, -2]",
     "fractions for token ids": "[1.5]",
+    "as deep as can be forwarded": "[" * 240 + "]" * 240,
     "deep": "[" * DEPTH_OF_SOME_PARSERS + "]" * DEPTH_OF_SOME_PARSERS,
     "deep objects": '{"a":' * DEPTH_OF_SOME_PARSERS + "1" + "}" * DEPTH_OF_SOME_PARSERS,
+}
+# Where fields that take an object take any value inside of it.
+INSIDE = {
+    "response_format": '{"type": "json_schema", "json_schema": {"name": "n", "schema": {"const": %s}}}',
+    "tools": '[{"type": "function", "function": {"name": "f", "parameters": {"const": %s}}}]',
+    "chat_template_kwargs": '{"anything": %s}',
+    "text": '{"format": {"type": "json_schema", "name": "n", "schema": {"const": %s}}}',
 }
 # Where a value of any shape is let through to what comes behind the body's schema.
 OPEN_FIELDS = (
@@ -175,6 +183,8 @@ async def test_no_value_of_any_field_is_a_failure_of_the_server(target: Target, 
             for field in {*good, *OPEN_FIELDS, "no such field"}:
                 for label, value in VALUES.items():
                     post(http, path, with_value(good, field, value), f"{label} as {field}")
+                    if field in INSIDE:
+                        post(http, path, with_value(good, field, INSIDE[field] % value), f"{label} in {field}")
 
     async with target.unharmed(growth_bytes=GROWTH_BYTES):
         await asyncio.to_thread(attack)

@@ -68,7 +68,7 @@ def proto_tool(definition: FunctionDefinition) -> generate_pb2.Tool:
     return generate_pb2.Tool(
         name=definition.name,
         description=definition.description or "",
-        parameters="" if parameters is None else json_text(parameters),
+        parameters="" if parameters is None else json_text(parameters, "tools"),
         strict=definition.strict,
     )
 

@@ -79,7 +79,7 @@ def chat_input(body: ConversationBody, messages: list[ChatMessage]) -> generate_
         tools=[proto_tool(tool.function) for tool in tools],
         tool_choice=_tool_choice(body.tool_choice, tools=bool(tools)),
         parallel_tool_calls=body.parallel_tool_calls,
-        template_arguments=json_text(arguments) if arguments else "",
+        template_arguments=json_text(arguments, "chat_template_kwargs") if arguments else "",
         separate_reasoning=body.separate_reasoning,
     )
 

@@ -122,7 +122,7 @@ def _chat_input(body: ResponsesRequest, messages: Sequence[generate_pb2.ChatMess
         tools=[proto_tool(tool) for tool in tools],
         tool_choice=_tool_choice(body.tool_choice, tools=bool(tools)),
         parallel_tool_calls=body.parallel_tool_calls,
-        template_arguments=json_text(arguments) if arguments else "",
+        template_arguments=json_text(arguments, "chat_template_kwargs") if arguments else "",
     )
 
 
@@ -144,7 +144,7 @@ def _grammar(body: ResponsesRequest) -> Grammar | None:
         case JsonObjectFormat():
             return Grammar("text.format", "json_schema", ANY_JSON_OBJECT)
         case FlatJsonSchemaFormat() as given:
-            return Grammar("text.format.schema", "json_schema", json_text(given.json_schema))
+            return Grammar("text.format.schema", "json_schema", json_text(given.json_schema, "text.format.schema"))
         case _:
             return None
 
