@@ -43,6 +43,7 @@ class GenerateServiceStub:
     dp_rank                       -         o        o       o
     priority                      o         -        -       -
     n                             o         -        -       -
+    prefill_worker, decode_worker o         -        -       -
 
     (1) required when the frontend serves more than one model.
 
@@ -87,6 +88,7 @@ class GenerateServiceServicer:
     dp_rank                       -         o        o       o
     priority                      o         -        -       -
     n                             o         -        -       -
+    prefill_worker, decode_worker o         -        -       -
 
     (1) required when the frontend serves more than one model.
 
@@ -150,6 +152,7 @@ class GenerateService:
     dp_rank                       -         o        o       o
     priority                      o         -        -       -
     n                             o         -        -       -
+    prefill_worker, decode_worker o         -        -       -
 
     (1) required when the frontend serves more than one model.
 

@@ -44,6 +44,7 @@ class GenerateServiceStub:
       dp_rank                       -         o        o       o
       priority                      o         -        -       -
       n                             o         -        -       -
+      prefill_worker, decode_worker o         -        -       -
 
       (1) required when the frontend serves more than one model.
 
@@ -84,6 +85,7 @@ class GenerateServiceAsyncStub(GenerateServiceStub):
       dp_rank                       -         o        o       o
       priority                      o         -        -       -
       n                             o         -        -       -
+      prefill_worker, decode_worker o         -        -       -
 
       (1) required when the frontend serves more than one model.
 
@@ -120,6 +122,7 @@ class GenerateServiceServicer(metaclass=_abc_1.ABCMeta):
       dp_rank                       -         o        o       o
       priority                      o         -        -       -
       n                             o         -        -       -
+      prefill_worker, decode_worker o         -        -       -
 
       (1) required when the frontend serves more than one model.
 

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from kvbaton.v1 import worker_pb2 as kvbaton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/health.proto\x12\nkvbaton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvbaton/v1/worker.proto\"\x0f\n\rStatusRequest\"\xfd\x02\n\x0eStatusResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.kvbaton.v1.WorkerState\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12,\n\x0bincarnation\x18\x05 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12(\n\x05model\x18\x06 \x01(\x0b\x32\x19.kvbaton.v1.ModelIdentity\x12&\n\x08versions\x18\x07 \x01(\x0b\x32\x14.kvbaton.v1.Versions\x12\x1e\n\x04load\x18\x08 \x01(\x0b\x32\x10.kvbaton.v1.Load\x12.\n\nstarted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x07workers\x18\n \x03(\x0b\x32\x17.kvbaton.v1.KnownWorker\"\xa1\x01\n\x04Load\x12\x15\n\rlive_requests\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x04\x12#\n\x05ranks\x18\x06 \x03(\x0b\x32\x14.kvbaton.v1.RankLoad\"z\n\x08RankLoad\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x04\"\x84\x01\n\x0bKnownWorker\x12(\n\x06record\x18\x01 \x01(\x0b\x32\x18.kvbaton.v1.WorkerRecord\x12\x10\n\x08routable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nregistered\x18\x04 \x01(\x08\x12\x15\n\rlive_requests\x18\x05 \x01(\r\"0\n\x0cProbeRequest\x12\x14\n\x07\x64p_rank\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\n\n\x08_dp_rank\";\n\rProbeResponse\x12*\n\x07\x65lapsed\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration2\x8e\x01\n\rHealthService\x12?\n\x06Status\x12\x19.kvbaton.v1.StatusRequest\x1a\x1a.kvbaton.v1.StatusResponse\x12<\n\x05Probe\x12\x18.kvbaton.v1.ProbeRequest\x1a\x19.kvbaton.v1.ProbeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/health.proto\x12\nkvbaton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvbaton/v1/worker.proto\"\x0f\n\rStatusRequest\"\xfd\x02\n\x0eStatusResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.kvbaton.v1.WorkerState\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12,\n\x0bincarnation\x18\x05 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12(\n\x05model\x18\x06 \x01(\x0b\x32\x19.kvbaton.v1.ModelIdentity\x12&\n\x08versions\x18\x07 \x01(\x0b\x32\x14.kvbaton.v1.Versions\x12\x1e\n\x04load\x18\x08 \x01(\x0b\x32\x10.kvbaton.v1.Load\x12.\n\nstarted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x07workers\x18\n \x03(\x0b\x32\x17.kvbaton.v1.KnownWorker\"\xa1\x01\n\x04Load\x12\x15\n\rlive_requests\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x04\x12#\n\x05ranks\x18\x06 \x03(\x0b\x32\x14.kvbaton.v1.RankLoad\"\x92\x01\n\x08RankLoad\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x04\x12\x16\n\x0eprefill_tokens\x18\x06 \x01(\x04\"\xa9\x01\n\x0bKnownWorker\x12(\n\x06record\x18\x01 \x01(\x0b\x32\x18.kvbaton.v1.WorkerRecord\x12\x10\n\x08routable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nregistered\x18\x04 \x01(\x08\x12\x15\n\rlive_requests\x18\x05 \x01(\r\x12#\n\x05ranks\x18\x06 \x03(\x0b\x32\x14.kvbaton.v1.RankLoad\"0\n\x0cProbeRequest\x12\x14\n\x07\x64p_rank\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\n\n\x08_dp_rank\";\n\rProbeResponse\x12*\n\x07\x65lapsed\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration2\x8e\x01\n\rHealthService\x12?\n\x06Status\x12\x19.kvbaton.v1.StatusRequest\x1a\x1a.kvbaton.v1.StatusResponse\x12<\n\x05Probe\x12\x18.kvbaton.v1.ProbeRequest\x1a\x19.kvbaton.v1.ProbeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,14 +40,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSRESPONSE']._serialized_end=528
   _globals['_LOAD']._serialized_start=531
   _globals['_LOAD']._serialized_end=692
-  _globals['_RANKLOAD']._serialized_start=694
-  _globals['_RANKLOAD']._serialized_end=816
-  _globals['_KNOWNWORKER']._serialized_start=819
-  _globals['_KNOWNWORKER']._serialized_end=951
-  _globals['_PROBEREQUEST']._serialized_start=953
-  _globals['_PROBEREQUEST']._serialized_end=1001
-  _globals['_PROBERESPONSE']._serialized_start=1003
-  _globals['_PROBERESPONSE']._serialized_end=1062
-  _globals['_HEALTHSERVICE']._serialized_start=1065
-  _globals['_HEALTHSERVICE']._serialized_end=1207
+  _globals['_RANKLOAD']._serialized_start=695
+  _globals['_RANKLOAD']._serialized_end=841
+  _globals['_KNOWNWORKER']._serialized_start=844
+  _globals['_KNOWNWORKER']._serialized_end=1013
+  _globals['_PROBEREQUEST']._serialized_start=1015
+  _globals['_PROBEREQUEST']._serialized_end=1063
+  _globals['_PROBERESPONSE']._serialized_start=1065
+  _globals['_PROBERESPONSE']._serialized_end=1124
+  _globals['_HEALTHSERVICE']._serialized_start=1127
+  _globals['_HEALTHSERVICE']._serialized_end=1269
 # @@protoc_insertion_point(module_scope)

@@ -56,32 +56,36 @@ class Load(_message.Message):
     def __init__(self, live_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., used_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankLoad, _Mapping]]] = ...) -> None: ...
 
 class RankLoad(_message.Message):
-    __slots__ = ("dp_rank", "running_requests", "waiting_requests", "used_tokens", "total_tokens")
+    __slots__ = ("dp_rank", "running_requests", "waiting_requests", "used_tokens", "total_tokens", "prefill_tokens")
     DP_RANK_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     dp_rank: int
     running_requests: int
     waiting_requests: int
     used_tokens: int
     total_tokens: int
-    def __init__(self, dp_rank: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., used_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ...) -> None: ...
+    prefill_tokens: int
+    def __init__(self, dp_rank: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., used_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class KnownWorker(_message.Message):
-    __slots__ = ("record", "routable", "reason", "registered", "live_requests")
+    __slots__ = ("record", "routable", "reason", "registered", "live_requests", "ranks")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     ROUTABLE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     REGISTERED_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     record: _worker_pb2.WorkerRecord
     routable: bool
     reason: str
     registered: bool
     live_requests: int
-    def __init__(self, record: _Optional[_Union[_worker_pb2.WorkerRecord, _Mapping]] = ..., routable: _Optional[bool] = ..., reason: _Optional[str] = ..., registered: _Optional[bool] = ..., live_requests: _Optional[int] = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[RankLoad]
+    def __init__(self, record: _Optional[_Union[_worker_pb2.WorkerRecord, _Mapping]] = ..., routable: _Optional[bool] = ..., reason: _Optional[str] = ..., registered: _Optional[bool] = ..., live_requests: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankLoad, _Mapping]]] = ...) -> None: ...
 
 class ProbeRequest(_message.Message):
     __slots__ = ("dp_rank",)

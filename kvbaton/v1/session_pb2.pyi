@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
 from kvbaton.v1 import generate_pb2 as _generate_pb2
+from kvbaton.v1 import health_pb2 as _health_pb2
 from kvbaton.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -32,7 +33,7 @@ class OpenSession(_message.Message):
     def __init__(self, incarnation: _Optional[_Union[_worker_pb2.Incarnation, _Mapping]] = ..., heartbeat: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class SubmitLeg(_message.Message):
-    __slots__ = ("leg", "request", "trace_headers")
+    __slots__ = ("leg", "request", "trace_headers", "cached_tokens")
     class TraceHeadersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -43,10 +44,12 @@ class SubmitLeg(_message.Message):
     LEG_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     TRACE_HEADERS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     leg: int
     request: _generate_pb2.GenerateRequest
     trace_headers: _containers.ScalarMap[str, str]
-    def __init__(self, leg: _Optional[int] = ..., request: _Optional[_Union[_generate_pb2.GenerateRequest, _Mapping]] = ..., trace_headers: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, leg: _Optional[int] = ..., request: _Optional[_Union[_generate_pb2.GenerateRequest, _Mapping]] = ..., trace_headers: _Optional[_Mapping[str, str]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class AbortLeg(_message.Message):
     __slots__ = ("leg",)
@@ -63,7 +66,7 @@ class AskCredits(_message.Message):
     def __init__(self, up_to: _Optional[int] = ..., returned: _Optional[int] = ...) -> None: ...
 
 class ConnectResponse(_message.Message):
-    __slots__ = ("updates", "state", "live_legs", "engine_silence", "credits_granted", "window", "free_slots")
+    __slots__ = ("updates", "state", "live_legs", "engine_silence", "credits_granted", "window", "free_slots", "load")
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LIVE_LEGS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +74,7 @@ class ConnectResponse(_message.Message):
     CREDITS_GRANTED_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     FREE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[LegUpdate]
     state: _worker_pb2.WorkerState
     live_legs: int
@@ -78,7 +82,16 @@ class ConnectResponse(_message.Message):
     credits_granted: int
     window: int
     free_slots: int
-    def __init__(self, updates: _Optional[_Iterable[_Union[LegUpdate, _Mapping]]] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., live_legs: _Optional[int] = ..., engine_silence: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., credits_granted: _Optional[int] = ..., window: _Optional[int] = ..., free_slots: _Optional[int] = ...) -> None: ...
+    load: LoadReport
+    def __init__(self, updates: _Optional[_Iterable[_Union[LegUpdate, _Mapping]]] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ..., live_legs: _Optional[int] = ..., engine_silence: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., credits_granted: _Optional[int] = ..., window: _Optional[int] = ..., free_slots: _Optional[int] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
+
+class LoadReport(_message.Message):
+    __slots__ = ("through_leg", "ranks")
+    THROUGH_LEG_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    through_leg: int
+    ranks: _containers.RepeatedCompositeFieldContainer[_health_pb2.RankLoad]
+    def __init__(self, through_leg: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[_health_pb2.RankLoad, _Mapping]]] = ...) -> None: ...
 
 class LegUpdate(_message.Message):
     __slots__ = ("leg", "first_token", "accepted", "token_ids", "finished", "error", "logprobs")
