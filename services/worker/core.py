@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import grpc
 
 from kvbaton.errors import Reason, RequestError
-from kvbaton.v1 import model_pb2, worker_pb2
+from kvbaton.v1 import generate_pb2, model_pb2, worker_pb2
 from services.models.tokenizer_files import TokenizerFile
 from services.modes import mode_of
 from services.requests import Limits, Role
@@ -15,6 +15,7 @@ from services.worker.credits import CreditWindow
 from services.worker.engines.protocol import Engine, EngineInfo, EngineLoad, ProbePayload
 from services.worker.legs import LiveLegs
 from services.worker.lifecycle import Lifecycle
+from services.worker.load import LegLoad, LegLoads
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class WorkerCore:
         self.legs = LiveLegs(role, self._abort_in_engine)
         # None where legs need no credit: prefill queues in its engine, an embedding worker refuses what is too much.
         self.window = CreditWindow(self.legs) if role in (Role.DECODE, Role.AGGREGATED) else None
+        self.load = LegLoads(role)
         self.slots = 0
         """Legs that the engine runs at once."""
         self.accepting = False
@@ -71,6 +73,11 @@ class WorkerCore:
         self.slots = window
         if self.window is not None:
             self.window.open(window)
+
+    def expect(self, request: generate_pb2.GenerateRequest, *, cached_tokens: int = 0) -> LegLoad:
+        """A leg has come: from now on it is load."""
+        dp_size = self._loaded.info.dp_size if self._loaded is not None else 1
+        return self.load.expect(request, dp_size=dp_size, cached_tokens=cached_tokens)
 
     def require_rpc(self, rpc: str) -> None:
         """Raises RequestError, FAILED_PRECONDITION, when requests of this kind go to workers in another role."""

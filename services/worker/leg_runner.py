@@ -28,6 +28,7 @@ from services.worker.engines.protocol import (
 )
 from services.worker.leg_errors import LegErrors
 from services.worker.legs import Leg
+from services.worker.load import LegLoad
 from services.worker.role import RoleContract
 
 _FINISH_REASONS = {
@@ -49,13 +50,15 @@ class LegRunner:
         request: generate_pb2.GenerateRequest,
         trace_headers: dict[str, str],
         accepted: Callable[[], Awaitable[None]],
+        load: LegLoad | None = None,
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
         """What GenerateService streams. `accepted` is called once the engine has the leg. Raises RequestError.
 
-        Leaving it early aborts the leg.
+        `load` is the leg's, where it counts already. Leaving it early aborts the leg.
         """
         received = time.monotonic()
-        with self._span(request, trace_headers) as span:
+        load = load or self._core.expect(request)
+        with load, self._span(request, trace_headers) as span:
             self._core.require_rpc(GENERATE)
             request_id = check_request_id(request.request_id)
             loaded = self._core.require_accepting()
@@ -64,7 +67,7 @@ class LegRunner:
             self._core.require_accepting()  # still, after the checks have waited
 
             def generate(leg: Leg) -> AsyncIterator[EngineDelta]:
-                return loaded.engine.generate(_with_engine_id(engine_request, leg))
+                return load.follow(loaded.engine.generate(_with_engine_id(engine_request, leg)))
 
             leg = tracing.call_under(span, legs.admit, request_id, generate)
             timings = _Timings(received, self._core.role)
@@ -121,6 +124,9 @@ class LegRunner:
             raise invalid("priority", "requests wait for their turn in the frontend, not here")
         if request.HasField("n"):
             raise invalid("n", "a worker gives one answer; the frontend makes several requests of one")
+        for hint in ("prefill_worker", "decode_worker"):
+            if getattr(request, hint):
+                raise invalid(hint, "the frontend chooses workers; this is one already")
         token_ids = check_prompt(request.token_ids.ids, loaded.limits)
         sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=loaded.limits)
         dp_rank = request.dp_rank if request.HasField("dp_rank") else None

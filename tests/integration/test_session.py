@@ -316,7 +316,7 @@ async def test_an_abort_right_behind_its_leg_ends_it_and_frees_its_slot(worker: 
 
 async def test_nothing_is_kept_of_a_leg_whose_engine_lets_go_late(worker: HostedWorker) -> None:
     class LateRunner:
-        async def run(self, request: object, headers: object, accepted: object) -> AsyncIterator[object]:
+        async def run(self, request: object, headers: object, accepted: object, load: object) -> AsyncIterator[object]:
             yield generate_pb2.GenerateResponse(token_ids=[1], finished=generate_pb2.Finished())
             await asyncio.sleep(0.1)
 

@@ -20,6 +20,7 @@ from services.telemetry.tracing import check_headers
 from services.worker.core import WorkerCore
 from services.worker.credits import Entry
 from services.worker.leg_runner import LegRunner
+from services.worker.load import LegLoad
 
 log = structlog.get_logger()
 
@@ -43,11 +44,13 @@ class SessionServicer(session_pb2_grpc.WorkerSessionServiceServicer):
         first = await anext(aiter(request_iterator), session_pb2.ConnectRequest())
         session = Session(self._core, self._runner, self._opened(first))
         reading = asyncio.create_task(session.read(request_iterator), name="session commands")
+        asking = asyncio.create_task(session.ask_engine(), name="session load")
         try:
             async for response in session.responses(reading):
                 yield response
         finally:
             reading.cancel()
+            asking.cancel()
             await session.close()
 
     def _opened(self, first: session_pb2.ConnectRequest) -> float:
@@ -87,6 +90,9 @@ class Session:
         self._wake = asyncio.Event()
         self._wake.set()
         self._credits = None if core.window is None else core.window.account(self._wake.set)
+        self._last_submitted = 0
+        # Of the load that the frontend was told last.
+        self._load_version = -1
 
     async def read(self, commands: AsyncIterator[session_pb2.ConnectRequest]) -> None:
         """Takes commands, each without waiting, until the frontend has no more."""
@@ -100,6 +106,12 @@ class Session:
                     self._ask(command.credits)
                 case _:
                     raise invalid("command", "a session is opened once, then takes submit, abort and credits")
+
+    async def ask_engine(self) -> None:
+        """Keeps what the engine says of its load as fresh as a heartbeat, for ever."""
+        while True:
+            await self._core.load.ask_engine(self._core.loads, older_than=self._heartbeat / 2)
+            await asyncio.sleep(self._heartbeat)
 
     async def responses(self, reading: asyncio.Task[None]) -> AsyncIterator[session_pb2.ConnectResponse]:
         """One message whenever there is news, and a heartbeat otherwise; ends when `reading` does."""
@@ -137,16 +149,18 @@ class Session:
             raise invalid("submit.leg", f"{submit.leg} was used before in this session")
         self._request_ids[submit.leg] = submit.request.request_id
         self._sent_tokens[submit.leg] = 0
+        self._last_submitted = submit.leg
         try:
             # Here and not in the task: the slot is taken from now on.
             entry = None if self._credits is None else self._credits.spend()
         except RequestError as error:
             self._refuse(submit.leg, error)
             return
-        task = asyncio.create_task(self._run(submit, entry), name=f"leg {submit.leg}")
+        load = self._core.expect(submit.request, cached_tokens=submit.cached_tokens)
+        task = asyncio.create_task(self._run(submit, entry, load), name=f"leg {submit.leg}")
         self._legs[submit.leg] = task
         # Not in the task itself: one that is cancelled before its first step runs no line of its own.
-        task.add_done_callback(lambda task: self._ended(submit.leg, task, entry))
+        task.add_done_callback(lambda task: self._ended(submit.leg, task, entry, load))
 
     async def _abort(self, leg: int) -> None:
         if leg in self._legs and not await self._core.legs.abort(self._request_ids[leg]):
@@ -158,7 +172,7 @@ class Session:
         self._fail(leg, error.with_context(leg=core.role, worker=core.instance_id))
         del self._request_ids[leg]
 
-    async def _run(self, submit: session_pb2.SubmitLeg, entry: Entry | None) -> None:
+    async def _run(self, submit: session_pb2.SubmitLeg, entry: Entry | None, load: LegLoad) -> None:
         leg = submit.leg
 
         async def accepted() -> None:
@@ -168,7 +182,7 @@ class Session:
 
         try:
             trace_headers = check_headers(submit.trace_headers, "submit.trace_headers")
-            run = self._runner.run(submit.request, trace_headers, accepted)
+            run = self._runner.run(submit.request, trace_headers, accepted, load)
             async with contextlib.aclosing(run) as responses:  # type: ignore[type-var]
                 async for response in responses:
                     self._add(leg, response)
@@ -178,12 +192,13 @@ class Session:
             log.error("leg failed", exc_info=error)
             self._fail(leg, RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
 
-    def _ended(self, leg: int, task: asyncio.Task[None], entry: Entry | None) -> None:
+    def _ended(self, leg: int, task: asyncio.Task[None], entry: Entry | None, load: LegLoad) -> None:
         if task.cancelled():
             self._fail(leg, cancelled("aborted"))
         del self._legs[leg], self._request_ids[leg]
         if entry is not None:
             entry.done()
+        load.leave()
         if leg not in self._news:
             # Its last word has been sent already: the engine took longer to let go of it.
             del self._sent_tokens[leg]
@@ -221,4 +236,9 @@ class Session:
         if (window := self._core.window) is not None and self._credits is not None:
             response.credits_granted = self._credits.granted
             response.window, response.free_slots = window.size, window.free
+        # What the engine alone changes waits for the next message, which is never far away.
+        if self._load_version != (version := self._core.load.version):
+            self._load_version = version
+            response.load.through_leg = self._last_submitted
+            response.load.ranks.extend(self._core.load.ranks())
         return response
