@@ -8,6 +8,7 @@ from typing import Protocol
 
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2
+from services.frontend.link.load import LegShare
 from services.requests import TokenLogprob
 
 
@@ -103,10 +104,12 @@ class WorkerLink(Protocol):
         sink: LegSink,
         credit: Credit | None,
         trace_headers: Mapping[str, str],
+        share: LegShare | None = None,
     ) -> Leg:
         """Sends one leg. `request.request_id` is 32 hex digits and fresh. Never raises: failures reach the sink.
 
-        `credit` is spent by it; None for prefill legs. `trace_headers` are W3C's, empty without a trace.
+        `credit` is spent by it; None for prefill legs. `trace_headers` are W3C's, empty without a trace. `share` is
+        told how the leg gets on.
         """
         ...
 

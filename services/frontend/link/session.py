@@ -19,6 +19,7 @@ from google.rpc import status_pb2
 from kvbaton.errors import Reason, RequestError, cancelled
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc, session_pb2, session_pb2_grpc, worker_pb2
 from services.frontend.link.credits import SessionCredits
+from services.frontend.link.load import LegShare, WorkerLoad
 from services.frontend.link.outgoing import Outgoing
 from services.frontend.link.proof import RELEASE_DEADLINE, prove_ended
 from services.frontend.link.protocol import Credit, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
@@ -35,6 +36,7 @@ class SessionLink:
     """One channel to one incarnation of a worker. `worker` and `leg` name it in errors; `heartbeat` is in seconds.
 
     `changed` is called when `healthy` has changed, `credits_came` when there is something to `take`, or to ask for.
+    `load` hears what the worker reports.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SessionLink:
         heartbeat: float,
         changed: Callable[[], None],
         credits_came: Callable[[], None],
+        load: WorkerLoad | None = None,
     ) -> None:
         self._channel = channel
         self._sessions = session_pb2_grpc.WorkerSessionServiceStub(channel)
@@ -55,6 +58,7 @@ class SessionLink:
         self._heartbeat = heartbeat
         self._changed = changed
         self._credits_came = credits_came
+        self._load = load or WorkerLoad(1)
         self._opening = session_pb2.OpenSession(incarnation=incarnation)
         self._opening.heartbeat.FromNanoseconds(int(heartbeat * 1e9))
         self._credits = SessionCredits(0)
@@ -104,9 +108,10 @@ class SessionLink:
         sink: LegSink,
         credit: Credit | None,
         trace_headers: Mapping[str, str],
+        share: LegShare | None = None,
     ) -> SessionLeg:
         """See `WorkerLink`."""
-        leg = SessionLeg(self, next(self._numbers), request, sink, credit)
+        leg = SessionLeg(self, next(self._numbers), request, sink, credit, share)
         lost = credit is not None and credit.session != self._credits.session
         if lost or not self._healthy:
             if credit is not None:
@@ -115,7 +120,11 @@ class SessionLink:
             leg.released.set()
             return leg
         self._legs[leg.number] = leg
-        self._outgoing.submit(session_pb2.SubmitLeg(leg=leg.number, request=request, trace_headers=trace_headers))
+        submit = session_pb2.SubmitLeg(leg=leg.number, request=request, trace_headers=trace_headers)
+        if share is not None:
+            share.sent(leg.number)
+            submit.cached_tokens = share.cached_tokens
+        self._outgoing.submit(submit)
         return leg
 
     def send_abort(self, number: int) -> None:
@@ -161,12 +170,15 @@ class SessionLink:
 
     async def _session(self) -> None:
         """One stream, until it ends. Raises AioRpcError."""
+        self._load.reset()
         self._credits = SessionCredits(self._credits.session + 1)
         self._outgoing = Outgoing(self._opening, self._credits)
         call = self._sessions.Connect(self._outgoing.commands())
         try:
             async for response in call:
                 self._heard_at = time.monotonic()
+                if response.HasField("load"):
+                    self._load.report(response.load)
                 credits_came = self._credits.heard(response)
                 self._set_healthy(True, "")
                 for update in response.updates:
@@ -239,6 +251,7 @@ class SessionLeg:
         request: generate_pb2.GenerateRequest,
         sink: LegSink,
         credit: Credit | None,
+        share: LegShare | None,
     ) -> None:
         self.number = number
         self.credit = credit
@@ -247,6 +260,7 @@ class SessionLeg:
         self._link = link
         self._room = request.bootstrap.room
         self._sink = sink
+        self._share = share
         self._tokens = 0
         self._failed = False
         self._aborted = False
@@ -269,6 +283,7 @@ class SessionLeg:
         """The request hears of it, once; the worker may still run the leg."""
         if not self._failed:
             self._failed = True
+            self._end_share()
             self._sink(LegFailed(error.with_context(room=self._room)))
 
     def take(self, update: session_pb2.LegUpdate) -> bool:
@@ -289,12 +304,19 @@ class SessionLeg:
         if update.accepted:
             self._sink(LegAccepted())
         self._tokens += len(update.token_ids)
+        if self._share is not None and update.token_ids:
+            self._share.prefilled()
         if last:
             self._failed = True
+            self._end_share()
             self._sink(LegFinished(list(update.token_ids), update.finished, _logprobs(update)))
         elif update.token_ids:
             self._sink(LegTokens(list(update.token_ids), _logprobs(update)))
         return last
+
+    def _end_share(self) -> None:
+        if self._share is not None:
+            self._share.end()
 
 
 def _logprobs(update: session_pb2.LegUpdate) -> tuple[TokenLogprob, ...]:

@@ -10,8 +10,18 @@ import grpc.aio
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
+from services.frontend.link.load import LegShare
 from services.frontend.link.proof import prove_ended
-from services.frontend.link.protocol import Credit, Leg, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
+from services.frontend.link.protocol import (
+    Credit,
+    Leg,
+    LegAccepted,
+    LegEvent,
+    LegFailed,
+    LegFinished,
+    LegSink,
+    LegTokens,
+)
 from services.requests import TokenLogprob
 
 # Seconds for the Abort call itself, and for the stream to end after it; then the call is cancelled from our side.
@@ -69,8 +79,11 @@ class StreamLink:
         sink: LegSink,
         credit: Credit | None,
         trace_headers: Mapping[str, str],
+        share: LegShare | None = None,
     ) -> Leg:
-        """See `WorkerLink`."""
+        """See `WorkerLink`. There are no reports, so a share counts until its leg has ended."""
+        if share is not None:
+            sink = _telling(share, sink)
         if self._closed:
             error = RequestError(grpc.StatusCode.UNAVAILABLE, Reason.WORKER_UNREACHABLE, "the worker is gone")
             failed = LegFailed(error.with_context(leg=self._leg, worker=self._worker, room=request.bootstrap.room))
@@ -91,6 +104,17 @@ class StreamLink:
             leg.close()
         await asyncio.gather(*(leg.ended() for leg in legs))
         await self._channel.close()
+
+
+def _telling(share: LegShare, sink: LegSink) -> LegSink:
+    def tell(event: LegEvent) -> None:
+        if isinstance(event, LegTokens):
+            share.prefilled()
+        elif isinstance(event, LegFinished | LegFailed):
+            share.end()
+        sink(event)
+
+    return tell
 
 
 class _NeverSent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -25,6 +26,7 @@ from kvbaton.v1 import (
     worker_pb2,
 )
 from services.config.frontend import FrontendConfig
+from services.frontend.link.load import RankLoad, WorkerLoad
 from services.frontend.link.protocol import WorkerLink
 from services.frontend.link.session import SessionLink
 from services.frontend.link.streams import StreamLink, unreachable
@@ -37,6 +39,18 @@ log = structlog.get_logger()
 
 _CALL_TIMEOUT = 5.0
 _RETRY_SECONDS = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class WorkerRank:
+    """One data-parallel rank of a worker; see `Candidate`."""
+
+    worker: Worker
+    instance_id: str
+    dp_rank: int
+    page_size: int
+    keeps_prefixes: bool
+    load: RankLoad
 
 
 class Worker:
@@ -60,6 +74,8 @@ class Worker:
         self.role = Role.from_proto(record.role)
         self.limits = Limits.from_runtime(record.runtime).capped(config.limits.max_prompt_tokens)
         self.registered = True
+        self.load = WorkerLoad(record.runtime.dp_size)
+        self.ranks = tuple(self._rank(index, load) for index, load in enumerate(self.load.ranks))
         self._live_requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -128,6 +144,7 @@ class Worker:
             reason=self.reason,
             registered=self.registered,
             live_requests=self.live_requests,
+            ranks=[rank.load.describe(rank.dp_rank) for rank in self.ranks],
         )
 
     def want_no_credits(self) -> None:
@@ -158,6 +175,10 @@ class Worker:
         await asyncio.gather(self._watching, return_exceptions=True)
         await self.link.close()
 
+    def _rank(self, index: int, load: RankLoad) -> WorkerRank:
+        page_size = max(1, self.record.runtime.page_size)
+        return WorkerRank(self, self.instance_id, index, page_size, self.role is not Role.DECODE, load)
+
     def _make_link(self, config: FrontendConfig) -> WorkerLink:
         if config.link == "session":
             return SessionLink(
@@ -168,6 +189,7 @@ class Worker:
                 heartbeat=config.heartbeat,
                 changed=self._changed,
                 credits_came=lambda: self._credits_came(self),
+                load=self.load,
             )
         return StreamLink(self._channel, worker=self.instance_id, leg=self.role, total_timeout=config.total_timeout)
 
