@@ -116,6 +116,39 @@ class TraceFlags:
     enable_otel: bool = flag(False, "export traces over OTLP")
 
 
+_PolicyName = Literal["round-robin", "random", "power-of-two", "least-loaded", "kv-aware", "direct"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingFlags:
+    """Which of the workers that could take a request get it; docs/routing.md."""
+
+    prefill_policy: _PolicyName = flag("round-robin", "how prefill workers are chosen")
+    decode_policy: _PolicyName = flag("round-robin", "how decode workers, and aggregated ones, are chosen")
+    kv_aware_weight: float = flag(
+        1.0, "cost of a prompt token that is not in a worker's prefix cache, in tokens that wait in its queue"
+    )
+    kv_aware_temperature: float = flag(
+        0.0, "0: always the lowest cost; above it a draw that likes low costs the less the higher this is"
+    )
+    kv_aware_events: bool = flag(
+        True, "follow the workers' KV events; otherwise guess what they hold from what was sent there"
+    )
+    kv_aware_max_pages: int = flag(1_000_000, "pages that the index of prefixes remembers, 100 bytes each")
+
+    def __post_init__(self) -> None:
+        for name in ("kv_aware_weight", "kv_aware_temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+        if self.kv_aware_max_pages < 1:
+            raise ValueError("--kv-aware-max-pages must be at least 1")
+
+    @property
+    def kv_aware(self) -> bool:
+        """Whether anybody asks who holds which prefix."""
+        return "kv-aware" in (self.prefill_policy, self.decode_policy)
+
+
 @dataclass(frozen=True, slots=True)
 class FileFlags:
     """Where a configuration comes from and goes to. These three can't stand in the file themselves."""

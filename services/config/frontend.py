@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from services.config.common import EtcdFlags, LogFlags, PhaseFlags, TlsFlags, TraceFlags
+from services.config.common import EtcdFlags, LogFlags, PhaseFlags, RoutingFlags, TlsFlags, TraceFlags
 from services.config.flags import flag, group
 from services.config.limits import AccessFlags, LimitFlags
 
@@ -26,6 +26,7 @@ class FrontendConfig:
     ready_queue_timeout: float = flag(5.0, "seconds that requests wait while no workers serve their model")
     queue_timeout: float = flag(30.0, "seconds until a request has workers")
     check_pairs: bool = flag(True, "prove each pair with a one-page request before its first real one")
+    routing: RoutingFlags = group(RoutingFlags)
     phases: PhaseFlags = group(PhaseFlags)
     token_gap_timeout: float = flag(30.0, "seconds between two tokens")
     total_timeout: float = flag(1800.0, "seconds that one request may take")

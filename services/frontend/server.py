@@ -36,6 +36,7 @@ from services.frontend.embedding.service import Embedding, EmbeddingService
 from services.frontend.request.api import Generation
 from services.frontend.router.embedding import EmbeddingRouter
 from services.frontend.router.placement import Router
+from services.frontend.router.policies.make import make_policies
 from services.frontend.router.worker_set import WorkerSet
 from services.frontend.service import GenerationService
 from services.frontend.servicers.embed import EmbedServicer
@@ -124,7 +125,13 @@ class Frontend:
         router = Router(self.workers)
         pairs = PairChecks(enabled=config.check_pairs)
         stack.push_async_callback(pairs.close)
-        queue = DispatchQueue(router, pairs, limit=config.max_queued_requests, ready_timeout=config.ready_queue_timeout)
+        queue = DispatchQueue(
+            router,
+            pairs,
+            make_policies(config.routing, None),
+            limit=config.max_queued_requests,
+            ready_timeout=config.ready_queue_timeout,
+        )
         self.workers.on_change(queue.workers_changed)
         self.workers.on_credits(queue.credits_came)
         self.generation = GenerationService(config, router, queue)

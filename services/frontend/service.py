@@ -28,6 +28,7 @@ from services.frontend.request.outbox import Outbox
 from services.frontend.request.owner import RequestOwner
 from services.frontend.request.prepare import PreparedRequest, prepare_choices
 from services.frontend.request.trace import RequestTrace
+from services.frontend.router.hints import Hints
 from services.frontend.router.placement import Router
 from services.frontend.router.worker import Worker
 from services.frontend.text_calls import TextCalls
@@ -114,8 +115,9 @@ class GenerationService:
             self._admit(live, self._choices(request))
             worker = await self._serving(request.model, live)
             live.model = worker.record.model.name
-            # Before the prompt is tokenized: the credit comes meanwhile.
-            tickets = self._queue.enter_all(live.model, live.choices, priority=request.priority)
+            # Before the prompt is tokenized: a full queue costs nothing, and places are by arrival.
+            hints = Hints.of(request)
+            tickets = self._queue.enter_all(live.model, live.choices, priority=request.priority, hints=hints)
             began = time.monotonic()
             prepared = await prepare_choices(
                 request, live.request_id, worker, self._router.limits(live.model), live.choices

@@ -7,7 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 
 from kvbaton.errors import RequestError
+from services.frontend.link.load import LegShare
+from services.frontend.router.hints import NO_HINTS, Hints
 from services.frontend.router.placement import Placement, Target
+from services.frontend.router.policies.policy import Prompt
+from services.frontend.router.worker import Worker, WorkerRank
 
 # What a ticket delivers: workers, or why there will be none.
 Delivery = Callable[[Placement | RequestError], None]
@@ -24,9 +28,14 @@ class Ticket:
         number: int,
         excluded: frozenset[str] = frozenset(),
         held: bool = False,
+        hints: Hints = NO_HINTS,
+        ready: Callable[[Ticket], None],
         leave: Callable[[Ticket], None],
     ) -> None:
-        """`excluded` are instance ids that the request must do without; a `held` ticket has a place but no turn."""
+        """`excluded` are instance ids that the request must do without, `hints` name those that it must have.
+
+        A `held` ticket has a place but no turn.
+        """
         self.model = model
         self.priority = priority
         self.number = number
@@ -34,8 +43,20 @@ class Ticket:
         self.held = held
         self.prefers = ""
         """The prefill worker to take before others: its cache has the prompt."""
+        self.hints = hints
         self.entered = time.monotonic()
+        self.prompt: Prompt | None = None
+        """None while it is being tokenized: the ticket keeps its place, and gets no workers yet."""
         self.waiting = True
+        self.seat: Seats | None = None
+        """Where it stands in its line; None without a prompt, and when it waits no longer."""
+        self.rank: WorkerRank | None = None
+        """Who is asked for a credit for it; None: everybody who could serve it."""
+        self.share: LegShare | None = None
+        """Its part of that rank's load."""
+        self.routing = 0.0
+        """Seconds that choosing for it has taken so far."""
+        self._ready = ready
         self._leave = leave
         self._result: Placement | RequestError | None = None
         self._deliver: Delivery | None = None
@@ -47,6 +68,26 @@ class Ticket:
 
     def __lt__(self, other: Ticket) -> bool:
         return self.order < other.order
+
+    @property
+    def picky(self) -> bool:
+        """Whether some target may be no good for it."""
+        return bool(self.excluded or self.hints)
+
+    def fits(self, target: Target) -> bool:
+        """Whether the target can serve it."""
+        return target.possible(self.excluded, self.hints)
+
+    def prefills(self, target: Target) -> Iterator[Worker]:
+        """The target's prefill workers that can serve it."""
+        return target.prefills_for(self.excluded, self.hints)
+
+    def describe(self, prompt: Prompt) -> None:
+        """The prompt is known: from now on it may get workers. The first call counts."""
+        if self.prompt is None:
+            self.prompt = prompt
+            if self.waiting:
+                self._ready(self)
 
     def deliver_to(self, deliver: Delivery) -> None:
         """Who hears of the result, once; at once when it is there."""
@@ -71,64 +112,133 @@ class Ticket:
         if self.waiting:
             self.waiting = False
             self._leave(self)
-        elif isinstance(self._result, Placement) and self._result.credit is not None:
-            self._result.decode.link.give_back(self._result.credit)
+        elif isinstance(self._result, Placement):
+            self._result.give_back()
         self._result = self._deliver = None
 
 
-class Line:
-    """Tickets of one model. Those that have left are dropped when they come up."""
+class Seats:
+    """Tickets, each in one such place at a time. Those that have left are dropped when they come up."""
 
     def __init__(self) -> None:
-        # Whose turn it is among the targets.
-        self.turn = 0
         self._heap: list[Ticket] = []
         self._count = 0
-        # Those that some target can't serve.
-        self._picky: set[Ticket] = set()
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Ticket]:
-        return (ticket for ticket in self._heap if ticket.waiting)
-
-    @property
-    def picky(self) -> list[Ticket]:
-        """Those that must do without some worker."""
-        return list(self._picky)
-
-    def add(self, ticket: Ticket) -> None:
-        """In its place."""
+    def take(self, ticket: Ticket) -> None:
+        """In its order; it leaves where it was."""
+        if ticket.seat is not None:
+            ticket.seat.lose(ticket)
+        ticket.seat = self
         heapq.heappush(self._heap, ticket)
         self._count += 1
-        if ticket.excluded:
-            self._picky.add(ticket)
 
-    def removed(self, ticket: Ticket) -> None:
-        """It doesn't wait any more; called once for each."""
+    def lose(self, ticket: Ticket) -> None:
+        """It stands elsewhere, or waits no longer."""
+        ticket.seat = None
         self._count -= 1
-        self._picky.discard(ticket)
         if len(self._heap) > 2 * self._count + 64:
-            self._heap = [ticket for ticket in self._heap if ticket.waiting]
+            self._heap = [each for each in self._heap if each.seat is self]
             heapq.heapify(self._heap)
 
-    def count_for(self, target: Target) -> int:
-        """How many of them the target can serve."""
-        return self._count - sum(not target.possible(ticket.excluded) for ticket in self._picky)
-
-    def first_for(self, target: Target) -> Ticket | None:
-        """The most urgent one that the target can serve; it stays in the line."""
+    def first(self, fits: Callable[[Ticket], bool]) -> Ticket | None:
+        """The most urgent one of those; it stays."""
         passed: list[Ticket] = []
         found: Ticket | None = None
         while self._heap:
             ticket = self._heap[0]
-            if ticket.waiting and target.possible(ticket.excluded):
+            if ticket.seat is self and fits(ticket):
                 found = ticket
                 break
             heapq.heappop(self._heap)
-            if ticket.waiting:
+            if ticket.seat is self:
                 passed.append(ticket)
         for ticket in passed:
             heapq.heappush(self._heap, ticket)
         return found
+
+    def all(self) -> list[Ticket]:
+        """Most urgent first."""
+        return sorted({ticket for ticket in self._heap if ticket.seat is self})
+
+
+class Line:
+    """Tickets of one model.
+
+    A ticket with a prompt stands either with the one worker that is asked for its credit, because it was chosen and
+    has a free slot, or in the open, where the first worker that has a credit for it gets it.
+    """
+
+    def __init__(self) -> None:
+        self.open = Seats()
+        self._chosen: dict[Worker, Seats] = {}
+        self._tickets: dict[Ticket, None] = {}
+        # Those that some target can't serve.
+        self._picky: set[Ticket] = set()
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(self._tickets)
+
+    @property
+    def picky(self) -> list[Ticket]:
+        """Those that must do without some worker, or must have a certain one."""
+        return list(self._picky)
+
+    def add(self, ticket: Ticket) -> None:
+        """It waits."""
+        self._tickets[ticket] = None
+        if ticket.picky:
+            self._picky.add(ticket)
+        if ticket.prompt is not None:
+            self.open.take(ticket)
+
+    def removed(self, ticket: Ticket) -> None:
+        """It doesn't wait any more; called once for each. Its share of a load is the caller's."""
+        del self._tickets[ticket]
+        self._picky.discard(ticket)
+        if ticket.seat is not None:
+            ticket.seat.lose(ticket)
+
+    def choose(self, ticket: Ticket, rank: WorkerRank, share: LegShare) -> None:
+        """It is that rank's worker that is asked."""
+        self._chosen.setdefault(rank.worker, Seats()).take(ticket)
+        ticket.rank, ticket.share = rank, share
+
+    def reopen(self, ticket: Ticket) -> None:
+        """Whoever can may serve it."""
+        if ticket.share is not None:
+            ticket.share.end()
+        ticket.rank = ticket.share = None
+        self.open.take(ticket)
+
+    def chosen(self, worker: Worker) -> int:
+        """How many stand with it."""
+        seats = self._chosen.get(worker)
+        return 0 if seats is None else len(seats)
+
+    def reopen_all(self, worker: Worker | None = None, *, keep: int = 0) -> None:
+        """All that stand with the worker, or with any, but for the `keep` most urgent ones."""
+        for each in [worker] if worker is not None else list(self._chosen):
+            seats = self._chosen.get(each)
+            if seats is None or len(seats) <= keep:
+                continue
+            for ticket in seats.all()[keep:]:
+                self.reopen(ticket)
+            if not keep:
+                del self._chosen[each]
+
+    def first_for(self, target: Target) -> Ticket | None:
+        """The most urgent one that a credit of the target may serve; it stays."""
+        seats = self._chosen.get(target.decode)
+        chosen = None if seats is None else seats.first(lambda ticket: ticket.fits(target))
+        anybody = self.open.first(lambda ticket: ticket.fits(target))
+        return min(filter(None, (chosen, anybody)), default=None)
+
+    def open_for(self, target: Target) -> int:
+        """How many in the open the target can serve."""
+        return len(self.open) - sum(ticket.seat is self.open and not ticket.fits(target) for ticket in self._picky)

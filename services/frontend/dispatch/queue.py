@@ -1,8 +1,9 @@
 """Requests wait here for a decode worker's credit.
 
 No prefill is spent on a request that decode can't take: a request gets its workers together with the credit of one of
-them. While workers have free slots, the frontend asks as many of them as it has requests; when none has, it asks every
-worker for as many as wait, and gives back what came too much.
+them. While workers have free slots, the policy chooses among those, and the chosen one is asked for a credit. When it
+turns out to have none, another one is chosen. A request for which none is free asks every worker that could serve it,
+and the first slot that falls free is its; what comes too much is given back.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import asyncio
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError
+from services.frontend.dispatch.chooser import Chooser
 from services.frontend.dispatch.line import Line, Ticket
-from services.frontend.dispatch.pair_checks import PairChecks, PairState
+from services.frontend.dispatch.pair_checks import PairChecks
+from services.frontend.dispatch.targets import Targets
 from services.frontend.link.protocol import Credit
+from services.frontend.router.hints import NO_HINTS, Hints
 from services.frontend.router.placement import Placement, Router, Target
+from services.frontend.router.policies.make import Policies
 from services.frontend.router.worker import Worker
 from services.telemetry import metrics
 
@@ -31,10 +34,14 @@ _SHORTEST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 class DispatchQueue:
     """Belongs to the event loop. Told by `workers_changed` and `credits_came`; all its methods return at once."""
 
-    def __init__(self, router: Router, pairs: PairChecks, *, limit: int, ready_timeout: float) -> None:
+    def __init__(
+        self, router: Router, pairs: PairChecks, policies: Policies, *, limit: int, ready_timeout: float
+    ) -> None:
         """At most `limit` requests of a model wait, and for `ready_timeout` seconds while there are no workers."""
         self._router = router
         self._pairs = pairs
+        self._targets = Targets(router, pairs)
+        self._chooser = Chooser(policies, pairs)
         self._limit = limit
         self._ready_timeout = ready_timeout
         # By model without workers.
@@ -43,30 +50,36 @@ class DispatchQueue:
         self._numbers = itertools.count()
         # By model: those that wait or are held, by priority.
         self._priorities: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        # By model, until workers or pairs change.
-        self._usable: dict[str, dict[Worker, Target]] = {}
-        self._kept: dict[str, list[Target]] = {}
-        # By decode worker: which of its prefill workers is next.
-        self._prefill_turns: dict[str, int] = {}
         pairs.on_change(self._serve_all)
 
     def __len__(self) -> int:
         return sum(priorities.total() for priorities in self._priorities.values())
 
-    def enter(self, model: str, *, priority: int = 0) -> Ticket:
-        """A place in the line. Raises RequestError: RESOURCE_EXHAUSTED when full, UNAVAILABLE when nobody can serve."""
-        return self.enter_all(model, 1, priority=priority)[0]
+    def enter(self, model: str, *, priority: int = 0, hints: Hints = NO_HINTS) -> Ticket:
+        """A place in the line, for a request that gets workers once its ticket has been told the prompt.
 
-    def enter_all(self, model: str, count: int, *, priority: int = 0) -> list[Ticket]:
+        Raises RequestError: RESOURCE_EXHAUSTED when full, UNAVAILABLE when nobody can serve, and what is wrong with the
+        hints.
+        """
+        return self.enter_all(model, 1, priority=priority, hints=hints)[0]
+
+    def enter_all(self, model: str, count: int, *, priority: int = 0, hints: Hints = NO_HINTS) -> list[Ticket]:
         """So many places one behind the other, or none; all but the first are held until `release`.
 
         Raises RequestError as `enter`.
         """
-        if not self._possible(model):
-            raise self._router.no_worker(model)
+        self._check(model, hints)
         self._make_room(model, count, priority)
         tickets = [
-            Ticket(model, priority=priority, number=next(self._numbers), held=index > 0, leave=self._left)
+            Ticket(
+                model,
+                priority=priority,
+                number=next(self._numbers),
+                held=index > 0,
+                hints=hints,
+                ready=self._described,
+                leave=self._left,
+            )
             for index in range(count)
         ]
         for ticket in tickets[1:]:
@@ -84,17 +97,23 @@ class DispatchQueue:
 
     def enter_again(self, ticket: Ticket, excluded: frozenset[str]) -> Ticket | None:
         """After a failed attempt: at its old place, for workers without `excluded`. None when there are none."""
-        if not any(target.possible(excluded) for target in self._possible(ticket.model)):
-            return None
-        return self._add(
-            Ticket(ticket.model, priority=ticket.priority, number=ticket.number, excluded=excluded, leave=self._left)
+        again = Ticket(
+            ticket.model,
+            priority=ticket.priority,
+            number=ticket.number,
+            excluded=excluded,
+            hints=ticket.hints,
+            ready=self._described,
+            leave=self._left,
         )
+        if not any(again.fits(target) for target in self._targets.possible(ticket.model)):
+            return None
+        again.prompt = ticket.prompt
+        return self._add(again)
 
     def workers_changed(self) -> None:
         """Some worker came, went, or can't be routed to any more."""
         self._pairs.keep_only({worker.record.incarnation.uuid for worker in self._router.known()})
-        streaming = {worker.instance_id for worker in self._router.streaming()}
-        self._prefill_turns = {name: turn for name, turn in self._prefill_turns.items() if name in streaming}
         in_reach = {target.decode for model in self._lines for target in self._router.targets(model)}
         for worker in self._router.streaming():
             if worker not in in_reach:
@@ -104,7 +123,7 @@ class DispatchQueue:
     def credits_came(self, worker: Worker) -> None:
         """The worker has granted credits, or its free slots have changed."""
         line = self._lines.get(worker.record.model.name)
-        if line and worker in self._targets(worker.record.model.name):
+        if line and worker in self._targets.usable(worker.record.model.name):
             self._serve(worker.record.model.name, line)
         else:
             worker.want_no_credits()
@@ -116,16 +135,39 @@ class DispatchQueue:
         self._serve(ticket.model, line)
         return ticket
 
-    def _left(self, ticket: Ticket) -> None:
-        self._count(ticket, -1)
+    def _check(self, model: str, hints: Hints) -> None:
+        """Raises RequestError for a request that nobody could serve."""
+        targets = self._targets.possible(model)
+        if not targets:
+            raise self._router.no_worker(model)
+        fitting = [target for target in targets if target.possible(frozenset(), hints)]
+        if not fitting:
+            raise self._router.unmet(model, hints)
+        self._chooser.require_hints(hints, fitting)
+
+    def _described(self, ticket: Ticket) -> None:
         if ticket.held:
             return
         line = self._lines[ticket.model]
-        line.removed(ticket)
+        line.open.take(ticket)
         self._serve(ticket.model, line)
 
+    def _left(self, ticket: Ticket) -> None:
+        if ticket.held:
+            self._count(ticket, -1)
+            return
+        self._remove(ticket)
+        if ticket.share is not None:
+            ticket.share.end()
+        self._serve(ticket.model, self._lines[ticket.model])
+
     def _settle(self, ticket: Ticket, result: Placement | RequestError) -> None:
+        if ticket.share is not None and isinstance(result, RequestError):
+            ticket.share.end()
+        self._remove(ticket)
         ticket.settle(result)
+
+    def _remove(self, ticket: Ticket) -> None:
         self._lines[ticket.model].removed(ticket)
         self._count(ticket, -1)
 
@@ -158,35 +200,23 @@ class DispatchQueue:
             self._settle(ticket, error)
 
     def _serve_all(self) -> None:
-        self._usable.clear()
-        self._kept.clear()
+        self._targets.changed()
         for model, line in self._lines.items():
             if line:
+                line.reopen_all()
                 self._end_hopeless(model, line)
                 self._serve(model, line)
 
     def _end_hopeless(self, model: str, line: Line) -> None:
-        """Retries whose last possible workers have gone while others of the model are there."""
-        targets = self._possible(model)
+        """Requests whose last possible workers have gone while others of the model are there."""
+        targets = self._targets.possible(model)
         for ticket in line.picky if targets else ():
-            if not any(target.possible(ticket.excluded) for target in targets):
-                self._settle(ticket, self._router.no_worker(model))
-
-    def _possible(self, model: str) -> list[Target]:
-        """Without pairs that decode has refused for good; one that failed may recover."""
-        if model not in self._kept:
-            lasting = frozenset(PairState) - {PairState.REFUSED}
-            kept = [self._with_pairs(target, lasting) for target in self._router.targets(model)]
-            self._kept[model] = [target for target in kept if target.aggregated or target.prefills]
-        return self._kept[model]
-
-    def _with_pairs(self, target: Target, states: frozenset[PairState]) -> Target:
-        state = self._pairs.state
-        return replace(target, prefills=tuple(p for p in target.prefills if state(p, target.decode) in states))
+            if not any(map(ticket.fits, targets)):
+                self._settle(ticket, self._router.unmet(model, ticket.hints))
 
     def _serve(self, model: str, line: Line) -> None:
         """Hands out what has come, then asks for what is still needed; a stream's credits come at once."""
-        if not self._possible(model):
+        if not self._targets.possible(model):
             if line and model not in self._giving_up:
                 loop = asyncio.get_running_loop()
                 self._giving_up[model] = loop.call_later(self._ready_timeout, self._give_up, model)
@@ -195,6 +225,7 @@ class DispatchQueue:
             timer.cancel()
         self._hand_out(model, line)
         while True:
+            self._plan(model, line)
             self._ask(model, line)
             if not self._hand_out(model, line):
                 return
@@ -206,84 +237,56 @@ class DispatchQueue:
             self._settle(ticket, error)
 
     def _hand_out(self, model: str, line: Line) -> bool:
-        """Gives every credit that has come to the most urgent request; True when there were any."""
+        """Gives every credit that has come to the most urgent request that it is for; True when there were any."""
         came = False
-        for decode in _from(list(self._targets(model)), line.turn):
+        for decode in list(self._targets.usable(model)):
             while (credit := decode.link.take()) is not None:
                 came = True
-                if not self._use(line, self._targets(model)[decode], credit):
+                if not self._use(line, self._targets.usable(model)[decode].target, credit):
                     decode.link.give_back(credit)
         return came
 
     def _use(self, line: Line, target: Target, credit: Credit) -> bool:
         """Spends the credit on a request, or on the proof of its pair."""
-        began = time.monotonic()
         ticket = line.first_for(target)
         if ticket is None:
             return False
-        line.turn += 1
-        if target.aggregated:
-            self._settle(ticket, Placement(target.decode, credit=credit, routing=time.monotonic() - began))
-            return True
-        prefill = self._next_prefill(target, ticket)
-        placement = Placement(target.decode, prefill, credit, routing=time.monotonic() - began)
-        if self._pairs.state(prefill, target.decode) is PairState.PROVEN:
+        placement = self._chooser.place(ticket, target, credit)
+        if placement.decode_share is not None:
             self._settle(ticket, placement)
         else:
             # The request stays in the line: it gets the next credit, of this pair or of another.
             self._pairs.begin(placement)
-            self._usable.clear()
+            self._targets.changed()
+            line.reopen_all(target.decode)
         return True
 
-    def _next_prefill(self, target: Target, ticket: Ticket) -> Worker:
-        """The preferred one, or in turn; each decode worker begins with another, so that one round uses many."""
-        prefills = [prefill for prefill in target.prefills if prefill.instance_id not in ticket.excluded]
-        decode = target.decode
-        for prefill in prefills:
-            if prefill.instance_id == ticket.prefers and self._pairs.state(prefill, decode) is PairState.PROVEN:
-                return prefill
-        turn = self._prefill_turns.get(decode.instance_id)
-        if turn is None:
-            turn = list(self._targets(decode.record.model.name)).index(decode)
-        self._prefill_turns[decode.instance_id] = turn + 1
-        return prefills[turn % len(prefills)]
+    def _plan(self, model: str, line: Line) -> None:
+        """Lets the policy choose for every request that some worker has a free slot for, most urgent first."""
+        spare: dict[Worker, int] = {}
+        targets = self._targets.usable(model)
+        for worker, usable in targets.items():
+            room = usable.within(worker.link.free_slots)
+            line.reopen_all(worker, keep=room)
+            if (left := room - line.chosen(worker)) > 0:
+                spare[worker] = left
+
+        def fits(ticket: Ticket) -> bool:
+            return any(ticket.fits(targets[worker].target) for worker in spare)
+
+        while spare and (ticket := line.open.first(fits)) is not None:
+            assert ticket.prompt is not None
+            began = time.monotonic()
+            free = [worker for worker in spare if ticket.fits(targets[worker].target)]
+            rank, share = self._chooser.streaming(ticket.prompt, free)
+            line.choose(ticket, rank, share)
+            ticket.routing += time.monotonic() - began
+            spare[rank.worker] -= 1
+            if not spare[rank.worker]:
+                del spare[rank.worker]
 
     def _ask(self, model: str, line: Line) -> None:
-        wanted = {decode: self._wanted(line, target) for decode, target in self._targets(model).items()}
-        free = {worker: min(count, worker.link.free_slots) for worker, count in wanted.items()}
-        if sum(free.values()) < len(line):
-            for worker, count in wanted.items():
-                worker.link.ask(min(count, worker.link.window))
-            return
-        asks = dict.fromkeys(wanted, 0)
-        left = len(line)
-        while left:
-            for worker in _from(list(wanted), line.turn):
-                if left and asks[worker] < free[worker]:
-                    asks[worker] += 1
-                    left -= 1
-        for worker, count in asks.items():
-            worker.link.ask(count)
-
-    def _wanted(self, line: Line, target: Target) -> int:
-        """Credits that could be used there."""
-        count = line.count_for(target)
-        if target.aggregated or not count:
-            return count
-        states = [self._pairs.state(prefill, target.decode) for prefill in target.prefills]
-        # Without a proven pair each credit goes into a proof.
-        return count if PairState.PROVEN in states else min(count, len(states))
-
-    def _targets(self, model: str) -> dict[Worker, Target]:
-        """By decode worker; of its prefill workers those that have handed over to it, or may try to."""
-        if model not in self._usable:
-            usable = frozenset({PairState.PROVEN, PairState.UNKNOWN})
-            self._usable[model] = {
-                target.decode: self._with_pairs(target, usable) for target in self._router.targets(model)
-            }
-        return self._usable[model]
-
-
-def _from(workers: Sequence[Worker], turn: int) -> list[Worker]:
-    start = turn % len(workers) if workers else 0
-    return [*workers[start:], *workers[:start]]
+        """Each worker for those that stand with it, and for those that anybody may serve."""
+        for worker, usable in self._targets.usable(model).items():
+            count = line.chosen(worker) + line.open_for(usable.target)
+            worker.link.ask(min(usable.within(count), worker.link.window))

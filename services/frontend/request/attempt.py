@@ -60,7 +60,8 @@ class Attempt:
         for worker in reversed(self.placement.workers):
             credit = self.placement.credit if worker is self.placement.decode else None
             request, sink = self._request(worker), self._leg_sink(worker.role)
-            self._legs[worker.role] = worker.link.submit(request, sink, credit, trace_headers)
+            share = self.placement.share_of(worker)
+            self._legs[worker.role] = worker.link.submit(request, sink, credit, trace_headers, share)
 
     @property
     def accepted(self) -> bool:
@@ -135,6 +136,8 @@ class Attempt:
         )
         if self.room is not None:
             request.bootstrap.CopyFrom(self.room.to_proto())
+        if worker is self.placement.decode and len(worker.ranks) > 1 and self.placement.decode_rank is not None:
+            request.dp_rank = self.placement.decode_rank
         return request
 
 
@@ -178,5 +181,6 @@ def _fresh_room(placement: Placement) -> Room | None:
     """A room nobody has used: SGLang takes `room % dp_size` as the prefill rank, and 0 for "not landed"."""
     if placement.prefill is None:
         return None
-    endpoint = placement.prefill.record.bootstrap
-    return Room(endpoint.host, endpoint.port, 1 + secrets.randbelow(ROOM_LIMIT - 1))
+    endpoint, ranks = placement.prefill.record.bootstrap, len(placement.prefill.ranks)
+    rank = placement.prefill_rank if placement.prefill_rank is not None else secrets.randbelow(ranks)
+    return Room(endpoint.host, endpoint.port, ranks * (1 + secrets.randbelow(ROOM_LIMIT // ranks - 2)) + rank)

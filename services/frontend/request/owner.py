@@ -28,6 +28,7 @@ from services.frontend.request.retry import RetryPolicy
 from services.frontend.request.states import RequestState, State, Step
 from services.frontend.request.trace import RequestTrace
 from services.frontend.router.placement import Placement
+from services.frontend.router.policies.policy import Prompt
 from services.requests import Role
 
 log = structlog.get_logger()
@@ -195,6 +196,7 @@ class RequestOwner:
 
     async def _placed(self, ticket: Ticket) -> Placement:
         """Waits for workers. Raises RequestError."""
+        ticket.describe(Prompt(self._prepared.token_ids))
         ticket.deliver_to(lambda result: self._events.put_nowait(_FromQueue(ticket, result)))
         while True:
             item = await self._next_event()

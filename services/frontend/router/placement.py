@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import model_pb2
+from services.frontend.link.load import LegShare
 from services.frontend.link.protocol import Credit
+from services.frontend.router.hints import NO_HINTS, Hints, unmet
 from services.frontend.router.served import resolve_name, why_unroutable
 from services.frontend.router.worker import Worker
 from services.frontend.router.worker_set import WorkerSet
@@ -22,18 +24,35 @@ from services.requests import Limits, Role
 class Placement:
     """The workers of one attempt. `prefill` is None when `decode` is an aggregated worker. `credit` is decode's.
 
-    `routing` is how many seconds the choice took.
+    A rank of None leaves the choice to the engine. The shares are the legs' parts of their workers' loads. `routing` is
+    how many seconds the choice took.
     """
 
     decode: Worker
     prefill: Worker | None = None
     credit: Credit | None = None
     routing: float = 0.0
+    decode_rank: int | None = None
+    prefill_rank: int | None = None
+    decode_share: LegShare | None = None
+    prefill_share: LegShare | None = None
 
     @property
     def workers(self) -> list[Worker]:
         """All workers of the request."""
         return [self.decode] if self.prefill is None else [self.prefill, self.decode]
+
+    def share_of(self, worker: Worker) -> LegShare | None:
+        """The part of the leg that runs there."""
+        return self.decode_share if worker is self.decode else self.prefill_share
+
+    def give_back(self) -> None:
+        """Nothing was sent, and nothing will be."""
+        if self.credit is not None:
+            self.decode.link.give_back(self.credit)
+        for share in (self.decode_share, self.prefill_share):
+            if share is not None:
+                share.end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +72,22 @@ class Target:
         """All of them."""
         return [self.decode, *self.prefills]
 
-    def possible(self, excluded: frozenset[str]) -> bool:
-        """Whether it can run a request without the workers of these instance ids."""
-        if self.decode.instance_id in excluded:
+    def possible(self, excluded: frozenset[str], hints: Hints = NO_HINTS) -> bool:
+        """Whether it can run a request without the workers of these instance ids, on those that `hints` name."""
+        name = self.decode.instance_id
+        if name in excluded or hints.decode not in ("", name):
             return False
-        return self.aggregated or any(prefill.instance_id not in excluded for prefill in self.prefills)
+        if self.aggregated:
+            return not hints.prefill
+        if not excluded and not hints.prefill:
+            return bool(self.prefills)
+        return any(True for _ in self.prefills_for(excluded, hints))
+
+    def prefills_for(self, excluded: frozenset[str], hints: Hints) -> Iterator[Worker]:
+        """The prefill workers that such a request may go to."""
+        for prefill in self.prefills:
+            if prefill.instance_id not in excluded and hints.prefill in ("", prefill.instance_id):
+                yield prefill
 
 
 class Router:
@@ -126,6 +156,10 @@ class Router:
         if model not in self._limits:
             self._limits[model] = Limits.smallest([worker.limits for target in targets for worker in target.workers])
         return self._limits[model]
+
+    def unmet(self, model: str, hints: Hints) -> RequestError:
+        """Why nobody can serve a request for the model with these hints."""
+        return unmet(hints, model, self._workers.all()) if hints and self.targets(model) else self.no_worker(model)
 
     def no_worker(self, model: str) -> RequestError:
         """UNAVAILABLE, with what is missing."""

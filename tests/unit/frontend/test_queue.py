@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any, cast
 
 import pytest
@@ -12,11 +13,19 @@ from kvbaton.v1 import worker_pb2
 from services.frontend.dispatch.line import Ticket
 from services.frontend.dispatch.pair_checks import PairChecks, PairState
 from services.frontend.dispatch.queue import DispatchQueue
+from services.frontend.link.load import WorkerLoad
 from services.frontend.link.protocol import Credit
+from services.frontend.router.hints import NO_HINTS, Hints
 from services.frontend.router.placement import Placement, Router, Target
+from services.frontend.router.policies.direct import Direct
+from services.frontend.router.policies.make import Policies
+from services.frontend.router.policies.policy import Candidate, Choice, Policy, Prompt
+from services.frontend.router.policies.round_robin import RoundRobin
+from services.frontend.router.worker import WorkerRank
 from services.requests import Role
 
 MODEL = "m"
+PROMPT = Prompt([1, 2, 3])
 
 
 class FakeLink:
@@ -42,11 +51,18 @@ class FakeLink:
 
 
 class FakeWorker:
-    def __init__(self, name: str, role: Role, free: int = 0, window: int = 4, model: str = MODEL) -> None:
+    def __init__(
+        self, name: str, role: Role, free: int = 0, window: int = 4, model: str = MODEL, dp_size: int = 1
+    ) -> None:
         self.instance_id, self.role = name, role
         self.record = worker_pb2.WorkerRecord(instance_id=name, incarnation=worker_pb2.Incarnation(uuid=name))
         self.record.model.name = model
         self.link = FakeLink(free, window)
+        self.load = WorkerLoad(dp_size)
+        keeps = role is not Role.DECODE
+        self.ranks = [
+            WorkerRank(cast("Any", self), name, rank, 16, keeps, load) for rank, load in enumerate(self.load.ranks)
+        ]
 
     def want_no_credits(self) -> None:
         self.link.ask(0)
@@ -69,6 +85,9 @@ class FakeRouter:
 
     def no_worker(self, model: str) -> RequestError:
         return RequestError(cast("Any", None), Reason.NO_WORKER, "none")
+
+    def unmet(self, model: str, hints: Hints) -> RequestError:
+        return RequestError(cast("Any", None), Reason.WORKER_NOT_FOUND if hints else Reason.NO_WORKER, "none")
 
 
 class FakePairs:
@@ -100,13 +119,38 @@ class FakePairs:
 class House:
     """A queue in front of some decode workers, which all pair with all prefill workers."""
 
-    def __init__(self, *decodes: FakeWorker, prefills: int = 1, limit: int = 100, ready_timeout: float = 0.0) -> None:
+    def __init__(
+        self,
+        *decodes: FakeWorker,
+        prefills: int = 1,
+        limit: int = 100,
+        ready_timeout: float = 0.0,
+        prefill_policy: Policy | None = None,
+        decode_policy: Policy | None = None,
+    ) -> None:
         self.decodes = list(decodes)
         self.prefills = [FakeWorker(f"p{number}", Role.PREFILL) for number in range(prefills)]
-        targets = [Target(cast("Any", decode), tuple(cast("Any", self.prefills))) for decode in decodes]
+        targets = [
+            Target(cast("Any", decode), () if decode.role is Role.AGGREGATED else tuple(cast("Any", self.prefills)))
+            for decode in decodes
+        ]
         self.router, self.pairs = FakeRouter(targets), FakePairs()
         router, pairs = cast("Router", self.router), cast("PairChecks", self.pairs)
-        self.queue = DispatchQueue(router, pairs, limit=limit, ready_timeout=ready_timeout)
+        policies = Policies(prefill_policy or RoundRobin(), decode_policy or RoundRobin())
+        self.queue = DispatchQueue(router, pairs, policies, limit=limit, ready_timeout=ready_timeout)
+
+    def enter(self, model: str = MODEL, *, priority: int = 0, hints: Hints = NO_HINTS) -> Ticket:
+        """A request whose prompt needs no tokenizing."""
+        return self.enter_all(model, 1, priority=priority, hints=hints)[0]
+
+    def enter_all(
+        self, model: str = MODEL, count: int = 1, *, priority: int = 0, hints: Hints = NO_HINTS
+    ) -> list[Ticket]:
+        """Choices of such a request."""
+        tickets = self.queue.enter_all(model, count, priority=priority, hints=hints)
+        for ticket in tickets:
+            ticket.describe(PROMPT)
+        return tickets
 
     def grant(self, decode: FakeWorker, count: int = 1) -> None:
         decode.link.granted += count
@@ -134,8 +178,8 @@ def decode(name: str = "d0", *, model: str = MODEL, **values: int) -> FakeWorker
 
 def test_a_credit_goes_to_the_most_urgent_then_to_the_oldest() -> None:
     house = House(worker := decode())
-    first, second = house.queue.enter(MODEL), house.queue.enter(MODEL)
-    urgent = house.queue.enter(MODEL, priority=5)
+    first, second = house.enter(), house.enter()
+    urgent = house.enter(priority=5)
     served: list[Ticket] = []
     for _ in range(3):
         house.grant(worker)
@@ -146,23 +190,23 @@ def test_a_credit_goes_to_the_most_urgent_then_to_the_oldest() -> None:
 
 def test_free_workers_are_asked_for_as_many_as_wait() -> None:
     house = House(decode("d0", free=2), decode("d1", free=2))
-    house.queue.enter(MODEL)
+    house.enter()
     assert sum(house.asked()) == 1
-    house.queue.enter(MODEL)
-    house.queue.enter(MODEL)
+    house.enter()
+    house.enter()
     assert sum(house.asked()) == 3
 
 
 def test_full_workers_are_all_asked_up_to_their_windows() -> None:
     house = House(decode("d0"), decode("d1"))
     for _ in range(6):
-        house.queue.enter(MODEL)
+        house.enter()
     assert house.asked() == [4, 4]
 
 
 def test_credits_that_nobody_needs_any_more_go_back() -> None:
     house = House(d0 := decode("d0"), d1 := decode("d1"))
-    house.queue.enter(MODEL)
+    house.enter()
     house.grant(d0)
     house.grant(d1)
     assert (d0.link.given_back, d1.link.given_back) == (0, 1)
@@ -171,7 +215,7 @@ def test_credits_that_nobody_needs_any_more_go_back() -> None:
 
 def test_one_that_leaves_the_line_is_not_asked_for() -> None:
     house = House(worker := decode())
-    ticket = house.queue.enter(MODEL)
+    ticket = house.enter()
     ticket.leave()
     ticket.leave()
     assert (len(house.queue), worker.link.asked) == (0, 0)
@@ -181,7 +225,7 @@ def test_one_that_leaves_the_line_is_not_asked_for() -> None:
 
 def test_one_that_leaves_with_its_credit_gives_it_back_unless_spent() -> None:
     house = House(worker := decode())
-    left, spent = house.queue.enter(MODEL), house.queue.enter(MODEL)
+    left, spent = house.enter(), house.enter()
     house.grant(worker, 2)
     left.leave()
     spent.spend()
@@ -192,9 +236,9 @@ def test_one_that_leaves_with_its_credit_gives_it_back_unless_spent() -> None:
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
     house = House(decode(), limit=2)
     for _ in range(2):
-        house.queue.enter(MODEL)
+        house.enter()
     with pytest.raises(RequestError) as caught:
-        house.queue.enter(MODEL)
+        house.enter()
     assert caught.value.reason is Reason.QUEUE_FULL
     assert caught.value.retry_after is not None
     assert len(house.queue) == 2
@@ -202,8 +246,8 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
 
 def test_a_more_urgent_request_takes_the_place_of_the_least_urgent() -> None:
     house = House(decode(), limit=2)
-    older, younger = house.queue.enter(MODEL), house.queue.enter(MODEL)
-    urgent = house.queue.enter(MODEL, priority=1)
+    older, younger = house.enter(), house.enter()
+    urgent = house.enter(priority=1)
     lost = result(younger)
     assert isinstance(lost, RequestError)
     assert lost.reason is Reason.QUEUE_FULL
@@ -212,47 +256,47 @@ def test_a_more_urgent_request_takes_the_place_of_the_least_urgent() -> None:
 
 def test_one_models_full_line_is_not_anothers() -> None:
     house = House(decode(), other := decode("d1", model="other"), limit=2)
-    crowd = [house.queue.enter(MODEL, priority=-1) for _ in range(2)]
-    ticket = house.queue.enter("other", priority=5)
+    crowd = [house.enter(priority=-1) for _ in range(2)]
+    ticket = house.enter("other", priority=5)
     house.grant(other)
     assert isinstance(result(ticket), Placement)
     assert all(each.waiting for each in crowd), "nobody leaves for a request of another model"
     with pytest.raises(RequestError, match="2 requests for model 'm' wait"):
-        house.queue.enter(MODEL, priority=-1)
+        house.enter(priority=-1)
 
 
 def test_places_are_given_all_or_none() -> None:
     house = House(decode(), limit=4)
-    house.queue.enter(MODEL)
+    house.enter()
     with pytest.raises(RequestError) as caught:
-        house.queue.enter_all(MODEL, 4)
+        house.enter_all(MODEL, 4)
     assert caught.value.reason is Reason.QUEUE_FULL
     assert len(house.queue) == 1
-    assert len(house.queue.enter_all(MODEL, 3)) == 3
+    assert len(house.enter_all(MODEL, 3)) == 3
     assert len(house.queue) == 4
     with pytest.raises(RequestError):
-        house.queue.enter(MODEL)
+        house.enter()
 
 
 def test_an_urgent_request_for_several_places_takes_so_many_or_none() -> None:
     house = House(decode(), limit=4)
-    low = [house.queue.enter(MODEL) for _ in range(2)]
-    equal = [house.queue.enter(MODEL, priority=1) for _ in range(2)]
+    low = [house.enter() for _ in range(2)]
+    equal = [house.enter(priority=1) for _ in range(2)]
     with pytest.raises(RequestError):
-        house.queue.enter_all(MODEL, 3, priority=1)
+        house.enter_all(MODEL, 3, priority=1)
     assert all(ticket.waiting for ticket in (*low, *equal))
-    house.queue.enter_all(MODEL, 2, priority=1)
+    house.enter_all(MODEL, 2, priority=1)
     assert [ticket.waiting for ticket in (*low, *equal)] == [False, False, True, True]
 
 
 def test_a_held_place_counts_but_has_no_turn_until_it_is_released() -> None:
     house = House(worker := decode(free=4), limit=3)
-    first, *held = house.queue.enter_all(MODEL, 3)
+    first, *held = house.enter_all(MODEL, 3)
     assert worker.link.asked == 1
     with pytest.raises(RequestError):
-        house.queue.enter(MODEL)
+        house.enter()
     house.grant(worker)
-    later = house.queue.enter(MODEL)
+    later = house.enter()
     for ticket in held:
         house.queue.release(ticket)
     assert worker.link.asked == 3
@@ -262,7 +306,7 @@ def test_a_held_place_counts_but_has_no_turn_until_it_is_released() -> None:
 
 def test_a_held_place_that_is_left_is_free_and_stays_out_of_line() -> None:
     house = House(worker := decode(), limit=2)
-    _, held = house.queue.enter_all(MODEL, 2)
+    _, held = house.enter_all(MODEL, 2)
     held.leave()
     held.leave()
     assert len(house.queue) == 1
@@ -272,7 +316,7 @@ def test_a_held_place_that_is_left_is_free_and_stays_out_of_line() -> None:
 
 def test_a_preferred_prefill_worker_is_taken_while_its_pair_works() -> None:
     house = House(worker := decode(), prefills=3)
-    _, *held = house.queue.enter_all(MODEL, 5)
+    _, *held = house.enter_all(MODEL, 5)
     house.grant(worker)
     for ticket in held[:3]:
         house.queue.release(ticket, prefers="p1")
@@ -288,9 +332,9 @@ def test_a_preferred_prefill_worker_is_taken_while_its_pair_works() -> None:
 
 def test_a_retry_waits_at_its_old_place_for_other_workers() -> None:
     house = House(d0 := decode("d0"), d1 := decode("d1"))
-    first = house.queue.enter(MODEL)
+    first = house.enter()
     house.grant(d0)
-    later = house.queue.enter(MODEL)
+    later = house.enter()
     again = house.queue.enter_again(first, frozenset({"d0"}))
     assert again is not None
     assert house.asked() == [1, 2], "the excluded worker is not asked for it"
@@ -302,7 +346,7 @@ def test_a_retry_waits_at_its_old_place_for_other_workers() -> None:
 
 def test_there_is_no_retry_when_nobody_is_left() -> None:
     house = House(worker := decode())
-    ticket = house.queue.enter(MODEL)
+    ticket = house.enter()
     house.grant(worker)
     assert house.queue.enter_again(ticket, frozenset({"d0"})) is None
     assert house.queue.enter_again(ticket, frozenset({"p0"})) is None
@@ -310,7 +354,7 @@ def test_there_is_no_retry_when_nobody_is_left() -> None:
 
 async def test_everybody_who_waits_is_told_when_the_last_worker_goes() -> None:
     house = House(decode())
-    ticket = house.queue.enter(MODEL)
+    ticket = house.enter()
     house.router.all = []
     house.queue.workers_changed()
     await asyncio.sleep(0.01)
@@ -321,7 +365,7 @@ async def test_everybody_who_waits_is_told_when_the_last_worker_goes() -> None:
 
 async def test_a_worker_that_comes_back_in_time_gets_who_waits() -> None:
     house = House(worker := decode(), ready_timeout=0.05)
-    ticket = house.queue.enter(MODEL)
+    ticket = house.enter()
     targets, house.router.all = house.router.all, []
     house.queue.workers_changed()
     house.router.all = targets
@@ -337,7 +381,7 @@ def test_every_pair_is_used_in_time() -> None:
     pairs: list[tuple[str, str]] = []
     for _ in range(4):
         for worker in (d0, d1):
-            ticket = house.queue.enter(MODEL)
+            ticket = house.enter()
             house.grant(worker)
             placement = result(ticket)
             assert isinstance(placement, Placement)
@@ -351,7 +395,7 @@ def test_every_pair_is_used_in_time() -> None:
 def test_the_first_credit_of_an_unknown_pair_proves_it_and_the_request_gets_the_next() -> None:
     house = House(worker := decode())
     house.pairs.set("p0", "d0", PairState.UNKNOWN)
-    tickets = [house.queue.enter(MODEL) for _ in range(3)]
+    tickets = [house.enter() for _ in range(3)]
     assert worker.link.asked == 1, "one credit for the proof"
     house.grant(worker)
     assert len(house.pairs.begun) == 1
@@ -368,7 +412,7 @@ def test_a_failed_pair_is_left_alone_while_others_work() -> None:
     house = House(worker := decode(), prefills=2)
     house.pairs.set("p0", "d0", PairState.FAILED)
     for _ in range(4):
-        ticket = house.queue.enter(MODEL)
+        ticket = house.enter()
         house.grant(worker)
         placement = result(ticket)
         assert isinstance(placement, Placement)
@@ -379,7 +423,7 @@ def test_a_failed_pair_is_left_alone_while_others_work() -> None:
 def test_requests_wait_while_their_only_pair_has_failed() -> None:
     house = House(worker := decode())
     house.pairs.set("p0", "d0", PairState.FAILED)
-    ticket = house.queue.enter(MODEL)
+    ticket = house.enter()
     assert (ticket.waiting, worker.link.asked) == (True, 0)
     house.pairs.set("p0", "d0", PairState.UNKNOWN)
     house.pairs.changed()
@@ -389,7 +433,7 @@ def test_requests_wait_while_their_only_pair_has_failed() -> None:
 def test_a_retry_that_can_not_use_the_only_proven_pair_does_not_spin() -> None:
     house = House(worker := decode(free=4), prefills=2)
     house.pairs.set("p1", "d0", PairState.CHECKING)
-    first = house.queue.enter(MODEL)
+    first = house.enter()
     house.grant(worker)
     again = house.queue.enter_again(first, frozenset({"p0"}))
     assert again is not None
@@ -401,7 +445,7 @@ def test_a_retry_that_can_not_use_the_only_proven_pair_does_not_spin() -> None:
 
 def test_a_retry_whose_last_possible_worker_goes_is_told() -> None:
     house = House(d0 := decode("d0"), decode("d1"))
-    first = house.queue.enter(MODEL)
+    first = house.enter()
     house.grant(d0)
     again = house.queue.enter_again(first, frozenset({"d0"}))
     assert again is not None
@@ -415,15 +459,282 @@ def test_pairs_that_decode_refuses_for_good_are_no_pairs() -> None:
     house.pairs.set("p0", "d0", PairState.REFUSED)
     house.pairs.changed()
     with pytest.raises(RequestError) as caught:
-        house.queue.enter(MODEL)
+        house.enter()
     assert caught.value.reason is Reason.NO_WORKER
 
 
 def test_credits_of_a_worker_that_is_no_target_any_more_go_back() -> None:
     house = House(d0 := decode("d0"), d1 := decode("d1"))
-    house.queue.enter(MODEL)
+    house.enter()
     house.router.all = house.router.all[1:]
     house.queue.workers_changed()
     house.grant(d0)
     assert d0.link.given_back == 1
     assert d1.link.asked == 1
+
+
+class Prefer(Policy):
+    """Whoever stands first in the list."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = list(names)
+        self.routes: list[str] = []
+
+    def choose(self, candidates: Any, prompt: Prompt, *, partner: str = "") -> Choice:
+        return Choice(min(candidates, key=lambda each: (self.names.index(each.instance_id), each.dp_rank)), 2)
+
+    def routed(self, candidate: Candidate, prompt: Prompt) -> None:
+        self.routes.append(candidate.instance_id)
+
+
+class Idlest(Policy):
+    """Whoever has the least to do, and of those the first."""
+
+    def choose(self, candidates: Any, prompt: Prompt, *, partner: str = "") -> Choice:
+        return Choice(min(candidates, key=lambda each: each.load.tokens))
+
+
+def test_the_policy_chooses_among_the_workers_that_have_a_free_slot() -> None:
+    house = House(decode("d0", free=1), decode("d1", free=1), decode("d2"), decode_policy=Prefer("d2", "d1", "d0"))
+    house.enter()
+    assert house.asked() == [0, 1, 0]
+    house.enter()
+    assert house.asked() == [1, 1, 0]
+
+
+def test_a_chosen_worker_that_has_lost_its_slot_to_others_is_replaced_by_another() -> None:
+    house = House(d0 := decode("d0", free=1), d1 := decode("d1", free=1), decode_policy=Prefer("d0", "d1"))
+    ticket = house.enter()
+    assert house.asked() == [1, 0]
+    d0.link.free_slots = 0
+    house.grant(d0, 0)
+    assert house.asked() == [0, 1]
+    d1.link.free_slots = 0
+    house.grant(d1, 0)
+    assert house.asked() == [1, 1], "nobody is free: the first slot anywhere will do"
+    house.grant(d1)
+    assert placed(ticket).decode.instance_id == "d1"
+
+
+def test_a_credit_goes_to_the_request_that_it_was_asked_for() -> None:
+    house = House(d0 := decode("d0", free=1), d1 := decode("d1", free=1), decode_policy=Prefer("d0", "d1"))
+    first, second = house.enter(), house.enter()
+    house.grant(d1)
+    assert (first.waiting, second.waiting) == (True, False)
+    house.grant(d0)
+    assert placed(first).decode.instance_id == "d0"
+
+
+def test_a_more_urgent_request_takes_a_credit_that_another_one_was_waiting_for() -> None:
+    house = House(worker := decode("d0", free=1))
+    first = house.enter()
+    urgent = house.enter(priority=1)
+    worker.link.free_slots = 0
+    house.grant(worker)
+    assert (first.waiting, urgent.waiting) == (True, False)
+    assert house.asked() == [1]
+
+
+def test_one_whose_prompt_is_being_tokenized_keeps_its_place_and_holds_nobody_up() -> None:
+    house = House(worker := decode(free=4), limit=2)
+    slow = house.queue.enter(MODEL)
+    assert worker.link.asked == 0
+    quick = house.enter()
+    with pytest.raises(RequestError):
+        house.enter()
+    house.grant(worker)
+    assert (slow.waiting, quick.waiting) == (True, False)
+    slow.describe(PROMPT)
+    after = house.enter()
+    house.grant(worker)
+    assert (slow.waiting, after.waiting) == (False, True), "by arrival"
+
+
+def test_one_that_leaves_before_it_has_a_prompt_is_gone() -> None:
+    house = House(worker := decode(free=4))
+    ticket = house.queue.enter(MODEL)
+    ticket.leave()
+    ticket.describe(PROMPT)
+    assert (len(house.queue), worker.link.asked) == (0, 0)
+
+
+def test_a_burst_between_two_reports_spreads() -> None:
+    decodes = [decode(f"d{number}", free=32, window=32) for number in range(4)]
+    house = House(*decodes, prefills=4, prefill_policy=Idlest(), decode_policy=Idlest())
+    tickets = [house.enter() for _ in range(32)]
+    assert house.asked() == [8, 8, 8, 8], "before any credit has come"
+    for worker in decodes:
+        house.grant(worker, 8)
+    used = [placed(ticket) for ticket in tickets]
+    for count in range(4):
+        assert sum(each.prefill is house.prefills[count] for each in used) == 8
+        assert sum(each.decode is decodes[count] for each in used) == 8
+
+
+def test_load_is_counted_once_for_each_leg_and_goes_when_the_request_goes() -> None:
+    house = House(worker := decode(free=4), prefill_policy=Prefer("p0"))
+    prefill = house.prefills[0]
+    ticket = house.enter()
+    assert (worker.load.ranks[0].prefill_tokens, worker.load.ranks[0].kv_tokens) == (0, 3)
+    house.grant(worker)
+    assert worker.load.ranks[0].kv_tokens == 3
+    assert (prefill.load.ranks[0].prefill_tokens, prefill.load.ranks[0].kv_tokens) == (1, 3), "two are in the cache"
+    ticket.leave()
+    assert worker.load.ranks[0].tokens == prefill.load.ranks[0].tokens == 0
+    waiting = house.enter()
+    waiting.leave()
+    assert worker.load.ranks[0].requests == 0
+
+
+def test_load_follows_a_request_from_the_chosen_worker_to_the_one_that_takes_it() -> None:
+    house = House(d0 := decode("d0", free=1), d1 := decode("d1"), decode_policy=Prefer("d0", "d1"))
+    house.enter()
+    d0.link.free_slots = 0
+    house.grant(d0, 0)
+    assert (d0.load.ranks[0].requests, d1.load.ranks[0].requests) == (0, 0)
+    house.grant(d1)
+    assert (d0.load.ranks[0].requests, d1.load.ranks[0].requests) == (0, 1)
+
+
+def test_a_rank_is_chosen_with_its_worker() -> None:
+    class Last(Policy):
+        def choose(self, candidates: Any, prompt: Prompt, *, partner: str = "") -> Choice:
+            return Choice(candidates[-1])
+
+    house = House(worker := decode(free=4, dp_size=3), prefill_policy=Last(), decode_policy=Last())
+    house.prefills[0].__init__("p0", Role.PREFILL, dp_size=2)
+    ticket = house.enter()
+    house.grant(worker)
+    assert (placed(ticket).prefill_rank, placed(ticket).decode_rank) == (1, 2)
+
+
+def test_policies_hear_of_what_really_goes_where() -> None:
+    prefill, streaming = Prefer("p1", "p0"), Prefer("d0")
+    house = House(worker := decode(free=4), prefills=2, prefill_policy=prefill, decode_policy=streaming)
+    house.pairs.set("p1", "d0", PairState.UNKNOWN)
+    house.enter()
+    house.grant(worker)
+    assert prefill.routes == [], "the credit went into the proof of the pair"
+    house.grant(worker)
+    assert (prefill.routes, streaming.routes) == (["p0"], ["d0"])
+
+
+def test_an_aggregated_worker_is_chosen_by_the_decode_policy() -> None:
+    agg = FakeWorker("a0", Role.AGGREGATED, free=4)
+    house = House(decode("d0", free=4), agg, prefills=1, decode_policy=Prefer("a0", "d0"))
+    ticket = house.enter()
+    house.grant(agg)
+    assert placed(ticket).prefill is None
+    assert (agg.load.ranks[0].prefill_tokens, agg.load.ranks[0].kv_tokens) == (1, 3)
+
+
+def test_named_workers_are_taken_under_every_policy() -> None:
+    house = House(
+        decode("d0", free=4),
+        d1 := decode("d1", free=4),
+        prefills=2,
+        prefill_policy=Prefer("p0", "p1"),
+        decode_policy=Prefer("d0", "d1"),
+    )
+    ticket = house.enter(hints=Hints("p1", "d1"))
+    assert house.asked() == [0, 1]
+    house.grant(d1)
+    placement = placed(ticket)
+    assert placement.prefill is not None
+    assert (placement.prefill.instance_id, placement.decode.instance_id) == ("p1", "d1")
+
+
+def test_one_that_names_a_full_worker_waits_for_that_one_alone() -> None:
+    house = House(decode("d0", free=4), d1 := decode("d1"))
+    ticket = house.enter(hints=Hints(decode="d1"))
+    other = house.enter()
+    assert house.asked() == [1, 1]
+    house.grant(house.decodes[0])
+    assert (ticket.waiting, other.waiting) == (True, False)
+    house.grant(d1)
+    assert not ticket.waiting
+
+
+def test_a_name_that_nobody_has_is_refused_at_once() -> None:
+    house = House(decode("d0", free=4))
+    with pytest.raises(RequestError) as caught:
+        house.enter(hints=Hints(prefill="p7"))
+    assert caught.value.reason is Reason.WORKER_NOT_FOUND
+    assert len(house.queue) == 0
+
+
+def test_one_whose_named_worker_goes_while_it_waits_is_told() -> None:
+    house = House(decode("d0"), decode("d1"))
+    ticket = house.enter(hints=Hints(decode="d1"))
+    house.router.all = house.router.all[:1]
+    house.queue.workers_changed()
+    assert isinstance(result(ticket), RequestError)
+
+
+def test_a_named_worker_that_has_failed_a_request_is_not_replaced() -> None:
+    house = House(d0 := decode("d0", free=4), decode("d1", free=4))
+    ticket = house.enter(hints=Hints(decode="d0"))
+    house.grant(d0)
+    assert house.queue.enter_again(ticket, frozenset({"d0"})) is None
+
+
+def test_under_the_policy_direct_every_request_names_its_workers() -> None:
+    direct = Direct(random.Random(0))
+    house = House(worker := decode(free=4), prefills=2, prefill_policy=direct, decode_policy=direct)
+    for hints, field in ((NO_HINTS, "decode_worker"), (Hints(decode="d0"), "prefill_worker")):
+        with pytest.raises(RequestError) as caught:
+            house.enter(hints=hints)
+        assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, field)
+    ticket = house.enter(hints=Hints("p1", "d0"))
+    house.grant(worker)
+    assert not ticket.waiting
+
+
+class Slots:
+    """What really happens at some workers, with other frontends beside this one."""
+
+    def __init__(self, house: House, each: int) -> None:
+        self.house, self.each = house, each
+        self.taken = dict.fromkeys(house.decodes, 0)
+
+    def free(self, worker: FakeWorker) -> int:
+        return self.each - self.taken[worker]
+
+    def settle(self) -> None:
+        """Every worker says what is free and grants what it is asked for, until nothing is left to say."""
+        for _ in range(10):
+            for worker in self.house.decodes:
+                granted = min(worker.link.asked, self.free(worker))
+                worker.link.asked -= granted
+                self.taken[worker] += granted
+                worker.link.free_slots = self.free(worker)
+                self.house.grant(worker, granted)
+                self.taken[worker] -= worker.link.given_back
+                worker.link.given_back = 0
+
+
+def test_no_slot_idles_while_a_request_waits_whatever_happens() -> None:
+    rng = random.Random(7)
+    for _ in range(20):
+        house = House(*(decode(f"d{n}", free=3) for n in range(3)), prefill_policy=Idlest(), decode_policy=Idlest())
+        slots, waiting = Slots(house, 3), list[Ticket]()
+        for _ in range(60):
+            worker = rng.choice(house.decodes)
+            match rng.choice(("enter", "enter", "leave", "a request has ended", "another frontend was quicker")):
+                case "enter":
+                    waiting.append(house.enter(priority=rng.randrange(2)))
+                case "leave" if waiting:
+                    waiting.pop(rng.randrange(len(waiting))).leave()
+                case "a request has ended" if slots.taken[worker]:
+                    slots.taken[worker] -= 1
+                case "another frontend was quicker" if slots.free(worker):
+                    slots.taken[worker] += 1
+                case _:
+                    pass
+            slots.settle()
+            waiting = [ticket for ticket in waiting if ticket.waiting]
+            assert not (waiting and any(map(slots.free, house.decodes)))
+            assert len(house.queue) == len(waiting)
+        for ticket in waiting:
+            ticket.leave()
+        assert (len(house.queue), house.asked()) == (0, [0, 0, 0])

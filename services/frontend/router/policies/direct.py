@@ -1,0 +1,16 @@
+"""The worker that the request names."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from services.frontend.router.policies.least_loaded import LeastLoaded
+
+
+class Direct(LeastLoaded):
+    """Every request must name its worker, so all candidates are ranks of that one: the least loaded of them.
+
+    A request that names a worker gets it under every policy; under this one a request that doesn't is refused.
+    """
+
+    needs_hint: ClassVar[bool] = True
