@@ -53,8 +53,9 @@ def iter_prefix_hashes(token_ids: Sequence[int], page_size: int, begin: int) -> 
 
 def page_bytes(token_ids: Sequence[int]) -> bytes:
     """Token ids as they are hashed: four bytes each, little endian."""
-    tokens = array("I", token_ids)
+    tokens = token_ids if isinstance(token_ids, array) and token_ids.typecode == "I" else array("I", token_ids)
     if sys.byteorder == "big":
+        tokens = array("I", tokens)
         tokens.byteswap()
     return tokens.tobytes()
 

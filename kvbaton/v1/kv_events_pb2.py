@@ -22,30 +22,35 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from kvbaton.v1 import worker_pb2 as kvbaton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvbaton/v1/kv_events.proto\x12\nkvbaton.v1\x1a\x17kvbaton/v1/worker.proto\"p\n\x10SubscribeRequest\x12\x1b\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12,\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x17.kvbaton.v1.IncarnationB\x11\n\x0f_after_sequence\"\x96\x02\n\x11SubscribeResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07\x64p_rank\x18\x02 \x01(\r\x12&\n\x06opened\x18\x03 \x01(\x0b\x32\x14.kvbaton.v1.KvOpenedH\x00\x12/\n\x08snapshot\x18\x04 \x01(\x0b\x32\x1b.kvbaton.v1.KvSnapshotChunkH\x00\x12&\n\x06stored\x18\x05 \x01(\x0b\x32\x14.kvbaton.v1.KvStoredH\x00\x12(\n\x07removed\x18\x06 \x01(\x0b\x32\x15.kvbaton.v1.KvRemovedH\x00\x12(\n\x07\x63leared\x18\x07 \x01(\x0b\x32\x15.kvbaton.v1.KvClearedH\x00\x42\t\n\x07\x63ontent\"m\n\x08KvOpened\x12,\n\x0bincarnation\x18\x01 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\x12\x0f\n\x07\x64p_size\x18\x03 \x01(\r\x12\x11\n\tpage_size\x18\x04 \x01(\r\"E\n\x0fKvSnapshotChunk\x12$\n\x06stored\x18\x01 \x03(\x0b\x32\x14.kvbaton.v1.KvStored\x12\x0c\n\x04last\x18\x02 \x01(\x08\"\x92\x01\n\x08KvStored\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x10\x12\x18\n\x0bparent_hash\x18\x02 \x01(\x10H\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x14\n\x07lora_id\x18\x05 \x01(\x03H\x01\x88\x01\x01\x42\x0e\n\x0c_parent_hashB\n\n\x08_lora_id\"!\n\tKvRemoved\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x10\"\x0b\n\tKvCleared2\\\n\x0eKvEventService\x12J\n\tSubscribe\x12\x1c.kvbaton.v1.SubscribeRequest\x1a\x1d.kvbaton.v1.SubscribeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvbaton/v1/kv_events.proto\x12\nkvbaton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17kvbaton/v1/worker.proto\"\xb0\x01\n\x10SubscribeRequest\x12\x1b\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12,\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12\x13\n\x0bhashes_only\x18\x03 \x01(\x08\x12)\n\x06gather\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x11\n\x0f_after_sequence\"\xc0\x02\n\x11SubscribeResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07\x64p_rank\x18\x02 \x01(\r\x12&\n\x06opened\x18\x03 \x01(\x0b\x32\x14.kvbaton.v1.KvOpenedH\x00\x12/\n\x08snapshot\x18\x04 \x01(\x0b\x32\x1b.kvbaton.v1.KvSnapshotChunkH\x00\x12&\n\x06stored\x18\x05 \x01(\x0b\x32\x14.kvbaton.v1.KvStoredH\x00\x12(\n\x07removed\x18\x06 \x01(\x0b\x32\x15.kvbaton.v1.KvRemovedH\x00\x12(\n\x07\x63leared\x18\x07 \x01(\x0b\x32\x15.kvbaton.v1.KvClearedH\x00\x12(\n\x07\x63hanges\x18\x08 \x01(\x0b\x32\x15.kvbaton.v1.KvChangesH\x00\x42\t\n\x07\x63ontent\"\x87\x01\n\x08KvOpened\x12,\n\x0bincarnation\x18\x01 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\x12\x0f\n\x07\x64p_size\x18\x03 \x01(\r\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x18\n\x10hashed_page_size\x18\x05 \x01(\r\"E\n\x0fKvSnapshotChunk\x12$\n\x06stored\x18\x01 \x03(\x0b\x32\x14.kvbaton.v1.KvStored\x12\x0c\n\x04last\x18\x02 \x01(\x08\"2\n\tKvChanges\x12%\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x14.kvbaton.v1.KvChange\"\xa2\x01\n\x08KvChange\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12&\n\x06stored\x18\x02 \x01(\x0b\x32\x14.kvbaton.v1.KvStoredH\x00\x12(\n\x07removed\x18\x03 \x01(\x0b\x32\x15.kvbaton.v1.KvRemovedH\x00\x12(\n\x07\x63leared\x18\x04 \x01(\x0b\x32\x15.kvbaton.v1.KvClearedH\x00\x42\t\n\x07\x63ontent\"\xd0\x01\n\x08KvStored\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x10\x12\x18\n\x0bparent_hash\x18\x02 \x01(\x10H\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x14\n\x07lora_id\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x11\n\tlora_name\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x15\n\rprefix_hashes\x18\x08 \x03(\x06\x42\x0e\n\x0c_parent_hashB\n\n\x08_lora_id\"8\n\tKvRemoved\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x10\x12\x15\n\rprefix_hashes\x18\x02 \x03(\x06\"\x0b\n\tKvCleared2\\\n\x0eKvEventService\x12J\n\tSubscribe\x12\x1c.kvbaton.v1.SubscribeRequest\x1a\x1d.kvbaton.v1.SubscribeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvbaton.v1.kv_events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SUBSCRIBEREQUEST']._serialized_start=67
-  _globals['_SUBSCRIBEREQUEST']._serialized_end=179
-  _globals['_SUBSCRIBERESPONSE']._serialized_start=182
-  _globals['_SUBSCRIBERESPONSE']._serialized_end=460
-  _globals['_KVOPENED']._serialized_start=462
-  _globals['_KVOPENED']._serialized_end=571
-  _globals['_KVSNAPSHOTCHUNK']._serialized_start=573
-  _globals['_KVSNAPSHOTCHUNK']._serialized_end=642
-  _globals['_KVSTORED']._serialized_start=645
-  _globals['_KVSTORED']._serialized_end=791
-  _globals['_KVREMOVED']._serialized_start=793
-  _globals['_KVREMOVED']._serialized_end=826
-  _globals['_KVCLEARED']._serialized_start=828
-  _globals['_KVCLEARED']._serialized_end=839
-  _globals['_KVEVENTSERVICE']._serialized_start=841
-  _globals['_KVEVENTSERVICE']._serialized_end=933
+  _globals['_SUBSCRIBEREQUEST']._serialized_start=100
+  _globals['_SUBSCRIBEREQUEST']._serialized_end=276
+  _globals['_SUBSCRIBERESPONSE']._serialized_start=279
+  _globals['_SUBSCRIBERESPONSE']._serialized_end=599
+  _globals['_KVOPENED']._serialized_start=602
+  _globals['_KVOPENED']._serialized_end=737
+  _globals['_KVSNAPSHOTCHUNK']._serialized_start=739
+  _globals['_KVSNAPSHOTCHUNK']._serialized_end=808
+  _globals['_KVCHANGES']._serialized_start=810
+  _globals['_KVCHANGES']._serialized_end=860
+  _globals['_KVCHANGE']._serialized_start=863
+  _globals['_KVCHANGE']._serialized_end=1025
+  _globals['_KVSTORED']._serialized_start=1028
+  _globals['_KVSTORED']._serialized_end=1236
+  _globals['_KVREMOVED']._serialized_start=1238
+  _globals['_KVREMOVED']._serialized_end=1294
+  _globals['_KVCLEARED']._serialized_start=1296
+  _globals['_KVCLEARED']._serialized_end=1307
+  _globals['_KVEVENTSERVICE']._serialized_start=1309
+  _globals['_KVEVENTSERVICE']._serialized_end=1401
 # @@protoc_insertion_point(module_scope)

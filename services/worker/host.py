@@ -263,7 +263,8 @@ class WorkerHost(EngineHost):
         await publisher.delete()
 
     def _follow_kv_events(self, engine: Engine) -> None:
-        self._kv_events.open(engine.info().dp_size)
+        info = engine.info()
+        self._kv_events.open(info.dp_size, info.page_size)
         self._feeding = asyncio.create_task(feed(engine, self._kv_events), name="kv-events")
 
     async def _end_kv_events(self) -> None:

@@ -16,7 +16,7 @@ import zmq
 import zmq.asyncio
 
 from services.worker.engines import sglang_kv_events
-from services.worker.engines.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KvChange
+from services.worker.engines.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, CacheKind, KvChange
 from services.worker.engines.sglang_kv_events import SglangKvEvents, decode_batch
 from services.worker.engines.sglang_launch import KvSockets
 from tests.support.waiting import eventually
@@ -185,10 +185,22 @@ def test_both_versions_events_are_understood() -> None:
     older = [0.0, [["BlockStored", [-5], 3, [1], 1, 2], ["BlockRemoved", [-5]], ["AllBlocksCleared"]]]
     for batch in (newer, older):
         assert decode_batch(msgspec.msgpack.encode(batch)) == [
-            BlockStored([-5], 3, [1], 1, 2),
+            BlockStored([-5], 3, [1], 1, CacheKind(lora_id=2)),
             BlockRemoved([-5]),
             AllBlocksCleared(),
         ]
+
+
+def test_adapter_and_salt_of_a_page_are_kept_apart() -> None:
+    event = stored(1) | {"lora_id": None, "lora_name": "law", "cache_salt": "tenant"}
+    assert decode_batch(msgspec.msgpack.encode([0.0, [event]])) == [
+        BlockStored([1], None, [1, 1], 2, CacheKind(None, "law", "tenant"))
+    ]
+
+
+def test_pages_of_pairs_are_pages_of_their_first_tokens() -> None:
+    event = stored(1) | {"token_ids": [(5, 6), (6, 7)]}
+    assert decode_batch(msgspec.msgpack.encode([0.0, [event]])) == [BlockStored([1], None, [5, 6], 2)]
 
 
 def test_pages_outside_the_device_are_not_ours() -> None:

@@ -7,6 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class CacheKind(NamedTuple):
+    """What besides its tokens tells a page from others: pages of different kinds are never shared."""
+
+    lora_id: int | None = None
+    lora_name: str = ""
+    cache_salt: str = ""
+
+
+PLAIN = CacheKind()
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +31,7 @@ class BlockStored:
     token_ids: Sequence[int]
     """Of all these pages, in order."""
     block_size: int
-    lora_id: int | None = None
+    kind: CacheKind = PLAIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 
 from services.telemetry import metrics
-from services.worker.engines.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KvChange, KvEvent
+from services.worker.engines.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, CacheKind, KvChange, KvEvent
 from services.worker.engines.protocol import EngineDeadError
 from services.worker.engines.sglang_launch import KvSockets
 
@@ -190,9 +190,9 @@ def _decode(event: dict[str, Any]) -> KvEvent | None:
             return BlockStored(
                 event["block_hashes"],
                 event.get("parent_block_hash"),
-                event["token_ids"],
+                _tokens(event["token_ids"]),
                 event["block_size"],
-                event.get("lora_id"),
+                CacheKind(event.get("lora_id"), event.get("lora_name") or "", event.get("cache_salt") or ""),
             )
         case "BlockRemoved":
             return BlockRemoved(event["block_hashes"])
@@ -200,3 +200,8 @@ def _decode(event: dict[str, Any]) -> KvEvent | None:
             return AllBlocksCleared()
         case unknown:
             raise ValueError(f"unknown KV event {unknown!r}")
+
+
+def _tokens(token_ids: list[Any]) -> list[int]:
+    """EAGLE's caches tell pairs, a token and the next: each page's own tokens are the first ones."""
+    return [first for first, _ in token_ids] if token_ids and isinstance(token_ids[0], list) else token_ids

@@ -16,8 +16,8 @@ from typing import Literal
 import structlog
 
 from services.telemetry import metrics
-from services.worker.engines.kv_events import AllBlocksCleared, KvChange, KvEvent
-from services.worker.kv_events.mirror import Block, RankMirror
+from services.worker.engines.kv_events import AllBlocksCleared, KvChange
+from services.worker.kv_events.mirror import Block, MirrorChange, RankMirror
 
 log = structlog.get_logger()
 
@@ -32,7 +32,7 @@ class NumberedChange:
 
     sequence: int
     dp_rank: int
-    event: KvEvent
+    change: MirrorChange
 
 
 class SubscriptionEndedError(Exception):
@@ -71,12 +71,27 @@ class Subscription:
     async def changes(self) -> AsyncIterator[NumberedChange]:
         """Every change after `sequence`, in order. Raises SubscriptionEndedError; never returns."""
         while True:
-            await self._wake.wait()
-            self._wake.clear()
+            await self._wait()
             while self._queue or self._ended:
-                if self._ended:
-                    raise SubscriptionEndedError(self._ended)
-                yield self._queue.popleft()
+                yield self._take()
+
+    async def batches(self, gather: float, longest: int) -> AsyncIterator[list[NumberedChange]]:
+        """The same, gathered for `gather` seconds after the first of them; at most `longest` at once."""
+        while True:
+            await self._wait()
+            if not self._ended:
+                await asyncio.sleep(gather)
+            while self._queue or self._ended:
+                yield [self._take() for _ in range(max(1, min(longest, len(self._queue))))]
+
+    async def _wait(self) -> None:
+        await self._wake.wait()
+        self._wake.clear()
+
+    def _take(self) -> NumberedChange:
+        if self._ended:
+            raise SubscriptionEndedError(self._ended)
+        return self._queue.popleft()
 
 
 class KvEventHub:
@@ -91,25 +106,25 @@ class KvEventHub:
         self._queued = queued
         self._subscriptions: set[Subscription] = set()
 
-    def open(self, dp_size: int) -> None:
-        """The engine has so many ranks. Before the first change and the first subscriber."""
-        self._mirrors = [RankMirror() for _ in range(dp_size)]
+    def open(self, dp_size: int, page_size: int) -> None:
+        """The engine has so many ranks, and tokens per page. Before the first change and the first subscriber."""
+        self._mirrors = [RankMirror(page_size) for _ in range(dp_size)]
 
     def apply(self, change: KvChange) -> None:
         """Takes a change in and tells everyone. Raises ValueError for one that makes no sense."""
         if not 0 <= change.dp_rank < len(self._mirrors):
             raise ValueError(f"dp rank {change.dp_rank} of {len(self._mirrors)}")
-        event = self._mirrors[change.dp_rank].apply(change.event)
-        if event is None:
+        told = self._mirrors[change.dp_rank].apply(change.event)
+        if told is None:
             return
         self.sequence += 1
-        numbered = NumberedChange(self.sequence, change.dp_rank, event)
+        numbered = NumberedChange(self.sequence, change.dp_rank, told)
         self._kept.append(numbered)
         for subscription in list(self._subscriptions):
             if not subscription.put(numbered):
                 log.warning("slow kv subscriber cut off", sequence=self.sequence)
                 self.leave(subscription)
-        metrics.KV_CHANGES.labels(self._role, type(event).__name__).inc()
+        metrics.KV_CHANGES.labels(self._role, type(told.event).__name__).inc()
         metrics.KV_MIRRORED_PAGES.labels(self._role, change.dp_rank).set(len(self._mirrors[change.dp_rank]))
 
     def clear(self) -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 import grpc
 
-from kvbaton.errors import Reason, RequestError
+from kvbaton.errors import Reason, RequestError, invalid
 from kvbaton.v1 import kv_events_pb2, kv_events_pb2_grpc
+from services.prefixes import hashed_page_size
 from services.worker.core import WorkerCore
 from services.worker.kv_events.hub import KvEventHub, Subscription, SubscriptionEndedError
-from services.worker.kv_events.wire import change_message, snapshot_messages
+from services.worker.kv_events.wire import GATHERED_CHANGES, change_message, changes_message, snapshot_messages
+
+_LONGEST_GATHER = 1.0
 
 
 class KvEventServicer(kv_events_pb2_grpc.KvEventServiceServicer):
@@ -26,15 +29,20 @@ class KvEventServicer(kv_events_pb2_grpc.KvEventServiceServicer):
     ) -> AsyncIterator[kv_events_pb2.SubscribeResponse]:
         """Serves one subscriber until it leaves, or can't keep up."""
         self._require_events()
+        hashes_only, gather = request.hashes_only, _gather(request)
         subscription = self._hub.subscribe(self._after(request))
         try:
             yield self._opened(subscription)
             if subscription.blocks is not None:
                 blocks, subscription.blocks = subscription.blocks, []
-                for message in snapshot_messages(subscription.sequence, blocks):
+                for message in snapshot_messages(subscription.sequence, blocks, hashes_only=hashes_only):
                     yield message
-            async for change in subscription.changes():
-                yield change_message(change)
+            if gather is None:
+                async for change in subscription.changes():
+                    yield change_message(change, hashes_only=hashes_only)
+            else:
+                async for changes in subscription.batches(gather, GATHERED_CHANGES):
+                    yield changes_message(changes, hashes_only=hashes_only)
         except SubscriptionEndedError as ended:
             raise self._ended(ended) from ended
         finally:
@@ -66,6 +74,7 @@ class KvEventServicer(kv_events_pb2_grpc.KvEventServiceServicer):
                 resumed=subscription.blocks is None,
                 dp_size=info.dp_size,
                 page_size=info.page_size,
+                hashed_page_size=hashed_page_size(info.page_size),
             ),
         )
 
@@ -81,3 +90,13 @@ class KvEventServicer(kv_events_pb2_grpc.KvEventServiceServicer):
             worker=core.instance_id,
             retry_after=0.0,
         )
+
+
+def _gather(request: kv_events_pb2.SubscribeRequest) -> float | None:
+    """Seconds; None when every change is to come by itself. Raises RequestError."""
+    if not request.HasField("gather"):
+        return None
+    seconds = request.gather.ToNanoseconds() / 1e9
+    if not 0 <= seconds <= _LONGEST_GATHER:
+        raise invalid("gather", f"{seconds:g} s is not from 0 to {_LONGEST_GATHER:g} s")
+    return seconds

@@ -17,7 +17,7 @@ def page(name: int, rank: int = 0) -> KvChange:
 
 def hub(*, kept: int = 100, queued: int = 100, ranks: int = 2) -> KvEventHub:
     made = KvEventHub("aggregated", kept=kept, queued=queued)
-    made.open(ranks)
+    made.open(ranks, 2)
     return made
 
 
