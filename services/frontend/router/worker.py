@@ -97,6 +97,11 @@ class Worker:
         return self.record.instance_id
 
     @property
+    def channel(self) -> grpc.aio.Channel:
+        """The connection, for services that this class has no use for; closed by `close`."""
+        return self._channel
+
+    @property
     def routable(self) -> bool:
         """Whether a new request may go here."""
         return self._answers and self.link.healthy and self.record.state != worker_pb2.WORKER_STATE_DRAINING

@@ -2,7 +2,8 @@
 
 - `index`: pages by their prefix hashes, and who holds each (`KvIndex`, `Holder`)
 - `pages`: the bounded table under it
-- `follower`: one worker's KV events into the index, exact again after whatever went wrong
+- `state`: one worker's messages, checked and applied to it
+- `follower`: one worker's events for as long as it is known, exact again after whatever went wrong
 - `indexes`: the index of this process with a follower for every worker that has one (`KvIndexes`): what policies use
 
     async with KvIndexes(worker_set.all, max_pages=1_000_000) as kv:
