@@ -35,6 +35,7 @@ from services.frontend.edge.options import EdgeOptions
 from services.frontend.embedding.service import Embedding, EmbeddingService
 from services.frontend.request.api import Generation
 from services.frontend.router.embedding import EmbeddingRouter
+from services.frontend.router.kv.indexes import KvIndexes
 from services.frontend.router.placement import Router
 from services.frontend.router.policies.make import make_policies
 from services.frontend.router.worker_set import WorkerSet
@@ -128,7 +129,7 @@ class Frontend:
         queue = DispatchQueue(
             router,
             pairs,
-            make_policies(config.routing, None),
+            make_policies(config.routing, await self._kv_indexes(stack)),
             limit=config.max_queued_requests,
             ready_timeout=config.ready_queue_timeout,
         )
@@ -183,6 +184,16 @@ class Frontend:
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(generation), server)
         text_pb2_grpc.add_TextServiceServicer_to_server(TextServicer(generation), server)
         return (*SERVICE_NAMES, GRPC_HEALTH_NAME)
+
+    async def _kv_indexes(self, stack: contextlib.AsyncExitStack) -> KvIndexes | None:
+        """Who holds which prefix, if any policy asks."""
+        flags = self._config.routing
+        if not flags.kv_aware:
+            return None
+        kv = KvIndexes(self.workers.all, max_pages=flags.kv_aware_max_pages, events=flags.kv_aware_events)
+        await stack.enter_async_context(kv)
+        self.workers.on_change(kv.workers_changed)
+        return kv
 
     def _health_changed(self) -> None:
         if self._health is not None:

@@ -54,7 +54,7 @@ class FollowedWorker(Protocol):
 class KvFollower:
     """One incarnation of a worker; from now on until `stop`."""
 
-    def __init__(self, index: KvIndex, worker: FollowedWorker) -> None:
+    def __init__(self, index: KvIndex, worker: FollowedWorker, *, events: bool = True) -> None:
         self.worker = worker.instance_id
         self.incarnation = worker.record.incarnation
         runtime = worker.record.runtime
@@ -65,7 +65,7 @@ class KvFollower:
         self._index = index
         self._was_exact = False
         metrics.KV_INDEX_EXACT.labels(self.worker).set(0)
-        self._task = asyncio.create_task(self._follow(), name=f"kv events {self.worker}")
+        self._task = asyncio.create_task(self._follow() if events else self._guess(), name=f"kv events {self.worker}")
 
     @property
     def exact(self) -> bool:
@@ -91,6 +91,9 @@ class KvFollower:
     async def ended(self) -> None:
         """After `stop`: its task is gone."""
         await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _guess(self) -> None:
+        self._give_up("its events are not wanted")
 
     async def _follow(self) -> None:
         backoff = Backoff()

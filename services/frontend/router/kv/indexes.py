@@ -25,10 +25,12 @@ class KvIndexes:
         *,
         max_pages: int = 1_000_000,
         assumed_seconds: float = 120.0,
+        events: bool = True,
     ) -> None:
-        """`workers` are all that are known now."""
+        """`workers` are all that are known now. Without `events` nobody is asked: all is guessed from what is sent."""
         self.index = KvIndex(max_pages, assumed_seconds=assumed_seconds)
         self._workers = workers
+        self._events = events
         self._followers: dict[str, KvFollower] = {}
         self._stopped: set[asyncio.Task[None]] = set()
 
@@ -51,7 +53,7 @@ class KvIndexes:
                 self._stop(name)
         for name, worker in known.items():
             if name not in self._followers:
-                self._followers[name] = KvFollower(self.index, worker)
+                self._followers[name] = KvFollower(self.index, worker, events=self._events)
 
     def cached_tokens(
         self, token_ids: Sequence[int], *, lora_name: str = "", cache_salt: str = ""

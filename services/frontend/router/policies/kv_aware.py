@@ -7,21 +7,20 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from services.frontend.router.kv.index import Holder
 from services.frontend.router.policies.policy import Candidate, Choice, Policy, Prompt
 
 
 class PrefixIndex(Protocol):
-    """Who holds how much of a prompt; `services.frontend.router.kv`. Keys are (instance id, dp rank)."""
+    """Who holds how much of a prompt: `KvIndexes`."""
 
     def cached_tokens(
         self, token_ids: Sequence[int], *, lora_name: str = "", cache_salt: str = ""
-    ) -> Mapping[tuple[str, int], int]:
+    ) -> Mapping[Holder, int]:
         """Tokens from the beginning of the prompt, for each rank that holds any."""
         ...
 
-    def routed(
-        self, holder: tuple[str, int], token_ids: Sequence[int], *, lora_name: str = "", cache_salt: str = ""
-    ) -> None:
+    def routed(self, holder: Holder, token_ids: Sequence[int], *, lora_name: str = "", cache_salt: str = "") -> None:
         """The prompt goes there."""
         ...
 
@@ -47,7 +46,7 @@ class KvAware(Policy):
         """See `Policy`."""
         length = len(prompt.token_ids)
         cached = self._cached(candidates, prompt)
-        held = [cached.get((each.instance_id, each.dp_rank), 0) for each in candidates]
+        held = [cached.get(Holder(each.instance_id, each.dp_rank), 0) for each in candidates]
         costs = [
             self._weight * (length - tokens) + each.load.prefill_tokens + each.load.kv_tokens / each.page_size
             for each, tokens in zip(candidates, held, strict=True)
@@ -58,10 +57,10 @@ class KvAware(Policy):
     def routed(self, candidate: Candidate, prompt: Prompt) -> None:
         """See `Policy`."""
         if candidate.keeps_prefixes:
-            holder = (candidate.instance_id, candidate.dp_rank)
+            holder = Holder(candidate.instance_id, candidate.dp_rank)
             self._index.routed(holder, prompt.token_ids, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt)
 
-    def _cached(self, candidates: Sequence[Candidate], prompt: Prompt) -> Mapping[tuple[str, int], int]:
+    def _cached(self, candidates: Sequence[Candidate], prompt: Prompt) -> Mapping[Holder, int]:
         if not any(each.keeps_prefixes for each in candidates):
             return {}
         return self._index.cached_tokens(prompt.token_ids, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt)

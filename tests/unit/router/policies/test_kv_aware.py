@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from services.config.common import RoutingFlags
+from services.frontend.router.kv.index import Holder
 from services.frontend.router.policies.kv_aware import KvAware
 from services.frontend.router.policies.make import make_policies
 from services.frontend.router.policies.policy import Prompt
@@ -17,19 +18,17 @@ class Index:
     """Holds what the test says."""
 
     def __init__(self, **cached: int) -> None:
-        self.cached = {(name, 0): tokens for name, tokens in cached.items()}
+        self.cached = {Holder(name, 0): tokens for name, tokens in cached.items()}
         self.asked: list[tuple[Sequence[int], str, str]] = []
-        self.routes: list[tuple[tuple[str, int], str]] = []
+        self.routes: list[tuple[Holder, str]] = []
 
     def cached_tokens(
         self, token_ids: Sequence[int], *, lora_name: str = "", cache_salt: str = ""
-    ) -> Mapping[tuple[str, int], int]:
+    ) -> Mapping[Holder, int]:
         self.asked.append((token_ids, lora_name, cache_salt))
         return self.cached
 
-    def routed(
-        self, holder: tuple[str, int], token_ids: Sequence[int], *, lora_name: str = "", cache_salt: str = ""
-    ) -> None:
+    def routed(self, holder: Holder, token_ids: Sequence[int], *, lora_name: str = "", cache_salt: str = "") -> None:
         self.routes.append((holder, cache_salt))
 
 
@@ -80,7 +79,7 @@ def test_temperature_draws_and_a_low_one_nearly_always_draws_the_best() -> None:
 
 def test_ranks_of_one_worker_are_told_apart() -> None:
     index = Index()
-    index.cached = {("w0", 1): 512}
+    index.cached = {Holder("w0", 1): 512}
     first = ranks(0)[0]
     second = Rank("w0", 1, 16, True, first.load)
     choice = policy(index).choose([first, second], PROMPT)
