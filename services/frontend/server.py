@@ -126,10 +126,11 @@ class Frontend:
         router = Router(self.workers)
         pairs = PairChecks(enabled=config.check_pairs)
         stack.push_async_callback(pairs.close)
+        self.kv = await self._kv_indexes(stack)
         queue = DispatchQueue(
             router,
             pairs,
-            make_policies(config.routing, await self._kv_indexes(stack)),
+            make_policies(config.routing, self.kv),
             limit=config.max_queued_requests,
             ready_timeout=config.ready_queue_timeout,
         )

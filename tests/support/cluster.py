@@ -17,6 +17,7 @@ from services.config.worker import WorkerConfig
 from services.frontend.server import Frontend
 from services.modes import contract_of
 from services.requests import Role
+from services.worker.engines.simulated import Addresses, SimulatedEngine, SimulatedOptions
 from services.worker.host import WorkerHost
 from tests.support.fake_engine import Behaviour, FakeEngine, Rooms
 from tests.support.ports import free_port
@@ -33,6 +34,17 @@ class HostedWorker:
     engine: FakeEngine
     config: WorkerConfig
     task: asyncio.Task[int]
+    simulator: SimulatedEngine | None = None
+    """In place of `engine`, for a worker that was started with options of one."""
+
+    @property
+    def instance_id(self) -> str:
+        return self.host._core.instance_id  # pyright: ignore[reportPrivateUsage]
+
+    def rank_requests(self) -> list[int]:
+        """Requests that each dp rank of the simulated engine has had, its warm-up included."""
+        assert self.simulator is not None
+        return [rank.counters.requests for rank in self.simulator.scheduler.ranks]
 
     @property
     def endpoint(self) -> str:
@@ -79,12 +91,14 @@ class FakeCluster:
         engine: Any = None,
         pool_tokens: int = 4096,
         model_folder: Path | None = None,
+        simulated: SimulatedOptions | None = None,
         **options: object,
     ) -> HostedWorker:
         """A worker; with `built=False` its engine stays unbuilt until the test says `engine_built`.
 
         `engine` takes the fake one's place; one with a bootstrap server of its own needs no `bootstrap_answers`.
-        `model_folder` is where its tokenizer is, if not where the cluster's is.
+        `model_folder` is where its tokenizer is, if not where the cluster's is. With `simulated` it has a simulated
+        engine, which has prefix caches, KV events and dp ranks.
         """
         engine = engine or FakeEngine(role, self.rooms, behaviour, pool_tokens=pool_tokens)
         config = WorkerConfig(
@@ -98,15 +112,20 @@ class FakeCluster:
             etcd=self.etcd,
         )
         config = replace(config, **options)  # type: ignore[arg-type]
-        if role is Role.PREFILL and bootstrap_answers:
+        simulator = None
+        if simulated is not None:
+            addresses = Addresses(bootstrap_port=config.disaggregation_bootstrap_port)
+            simulator = SimulatedEngine(role, simulated, addresses)
+            simulator.start()
+        elif role is Role.PREFILL and bootstrap_answers:
             await self._stack.enter_async_context(_bootstrap_server(config.disaggregation_bootstrap_port))
         identity = worker_pb2.ModelIdentity(name=config.served_model_name or MODEL, path=MODEL, revision="r1")
         host = WorkerHost(config, contract_of, lambda: (model_folder or self._model_folder, identity))
         listening = asyncio.Event()
-        worker = HostedWorker(host, engine, config, asyncio.create_task(host.run(listening.set)))
+        worker = HostedWorker(host, engine, config, asyncio.create_task(host.run(listening.set)), simulator)
         self.workers.append(worker)
         if built:
-            host.engine_built(engine)
+            host.engine_built(simulator or engine)
         await eventually(lambda: listening.is_set() or worker.task.done(), what="listening")
         return worker
 
