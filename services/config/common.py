@@ -129,7 +129,7 @@ class RoutingFlags:
         1.0, "cost of a prompt token that is not in a worker's prefix cache, in tokens that wait in its queue"
     )
     kv_aware_temperature: float = flag(
-        0.0, "0: always the lowest cost; above it a draw that likes low costs the less the higher this is"
+        0.1, "0: always the lowest cost; above it a draw that minds a higher cost the less the higher this is"
     )
     kv_aware_events: bool = flag(
         True, "follow the workers' KV events; otherwise guess what they hold from what was sent there"

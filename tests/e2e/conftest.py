@@ -1,8 +1,8 @@
-"""The real thing, once per session: SGLang aggregated, then embedding, then a prefill and a decode worker with NIXL
-between them.
+"""The real thing, once per session: SGLang aggregated, then embedding, then two prefill workers and a decode worker
+behind the kv-aware policy, then a prefill and a decode worker with NIXL between them.
 
-The aggregated worker answers what the pair is compared with, the embedding worker embeds the same prompts, and both are
-gone before the pair starts: two engines at a time is what two cores carry.
+The aggregated worker answers what the pair is compared with, the embedding worker embeds the same prompts, and all are
+gone before the pair starts: two engines at a time is what two cores carry, three where most of them idle.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import httpx
 import pytest
 import pytest_asyncio
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvbaton.client import Client, Embeddings, SamplingParams
 from kvbaton.errors import RequestError
-from kvbaton.v1 import health_pb2
+from kvbaton.v1 import generate_pb2, generate_pb2_grpc, health_pb2
 from services.models.resolve import resolve_model_path
 from services.tools.cluster import LocalCluster
 from services.tools.options import ClusterOptions
@@ -69,6 +72,15 @@ class Embedded:
     generation: RequestError
     dimensions: RequestError
     status: health_pb2.StatusResponse
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How requests ended that share a long prefix: the first one, later ones, and one that named the other worker."""
+
+    first: generate_pb2.Finished
+    later: list[generate_pb2.Finished]
+    elsewhere: generate_pb2.Finished
 
 
 @dataclass(frozen=True)
@@ -170,8 +182,51 @@ async def embedded(
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def routed(
+    etcd_endpoint: str, model_path: Path, prompts: dict[int, list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Routed:
+    processes = Processes(etcd_endpoint, tmp_path_factory.mktemp("routing"))
+    prefix = prompts[900]
+    try:
+        processes.frontend("--prefill-policy", "kv-aware", "--kv-aware-temperature", "0")
+        for name, command in (("prefill-0", "prefill"), ("prefill-1", "prefill"), ("decode", "decode")):
+            processes.worker(name, command, "--instance-id", name, sglang=model_path)
+        async with Client(processes.target, timeout=180.0) as client, httpx.AsyncClient() as http:
+            await all_routable(client, 3, within=400)
+
+            async def known_pages() -> float:
+                page = await http.get(f"http://127.0.0.1:{processes.http_port}/metrics")
+                families = {family.name: family for family in text_string_to_metric_families(page.text)}
+                return families["kvbaton_kv_index_pages"].samples[0].value
+
+            async def prefix_is_known() -> bool:
+                return await known_pages() >= len(prefix) // 16
+
+            first = await ended(processes.target, [*prefix, 1])
+            await eventually(prefix_is_known, within=30, what="the prefix in the index")
+            later = [await ended(processes.target, [*prefix, 2, number]) for number in range(4)]
+            (other,) = {"prefill-0", "prefill-1"} - {first.prefill_worker}
+            elsewhere = await ended(processes.target, [*prefix, 3], prefill_worker=other)
+    finally:
+        await asyncio.to_thread(processes.stop)
+    return Routed(first, later, elsewhere)
+
+
+async def ended(target: str, token_ids: list[int], *, prefill_worker: str = "") -> generate_pb2.Finished:
+    """How a request of four tokens ended."""
+    request = generate_pb2.GenerateRequest(
+        token_ids=generate_pb2.TokenIds(ids=token_ids),
+        sampling=generate_pb2.SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True),
+        prefill_worker=prefill_worker,
+    )
+    async with grpc.aio.insecure_channel(target) as channel:
+        stream = generate_pb2_grpc.GenerateServiceStub(channel).Generate(request, timeout=180)
+        return [response.finished async for response in stream][-1]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def pair(
-    aggregated_answers: Answers, embedded: Embedded, tmp_path_factory: pytest.TempPathFactory
+    aggregated_answers: Answers, embedded: Embedded, routed: Routed, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Pair]:
     nixl_port = free_port()
     telemetry = {
