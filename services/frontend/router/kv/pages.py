@@ -4,7 +4,7 @@ A set is an integer with a bit for each holder, and pages that the same holders 
 many dictionaries of some thousand pages each: one of a million would stop the process for tens of milliseconds when it
 grows, and keeps, by CPython's rule, room for up to six times what is left after a time of coming and going.
 
-Memory per page: 32 bytes for the hash and 27 to 68 for its place, so at most 100 as long as there are fewer different
+Memory per page: 32 bytes for the hash and 27 to 64 for its place, so at most 100 as long as there are fewer different
 sets than one for every 64 pages. A set of its own for every page would add 48.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 _SHARD_PAGES = 1024
 _PAGES_PER_TIDYING = 64
 # A dictionary that takes more than this for an entry is made anew, with at most 54.
-_BYTES_PER_PLACE = 68
+_BYTES_PER_PLACE = 64
 _EMPTY_SHARD_BYTES = 1024
 _PAGES_PER_SET = 64
 _EVICTED_AT_ONCE = 32
