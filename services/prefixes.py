@@ -46,8 +46,10 @@ def iter_prefix_hashes(token_ids: Sequence[int], page_size: int, begin: int) -> 
     """The same one by one, from a `root` on: who looks for the end of a match need not hash what follows it."""
     content = page_bytes(token_ids)
     step, parent = page_size * _TOKEN_BYTES, begin
+    # `chained`, written out: a call for each page would take a fifth of the time.
     for end in range(step, len(content) + 1, step):
-        parent = chained(parent, content[end - step : end])
+        digest = blake2b(parent.to_bytes(8, "little") + content[end - step : end], digest_size=8).digest()
+        parent = int.from_bytes(digest, "little") >> _UNUSED_BITS
         yield parent
 
 

@@ -21,10 +21,12 @@ _BYTES_PER_PLACE = 64
 _EMPTY_SHARD_BYTES = 1024
 _PAGES_PER_SET = 64
 _EVICTED_AT_ONCE = 32
+# Moving all pages of every match to the end would take longer than finding them. A prime, so that every shard has all.
+_TOUCHED_ONE_IN = 7
 
 
 class PageTable:
-    """`max_pages` pages. Pages are used when they are added and when they are matched."""
+    """`max_pages` pages. They are used when they are added and, each seventh in turn, when they are matched."""
 
     def __init__(self, max_pages: int) -> None:
         self._max_pages = max_pages
@@ -36,6 +38,7 @@ class PageTable:
         self._max_sets = max(1024, max_pages // _PAGES_PER_SET)
         self._untidied = 0
         self._next_tidied = 0
+        self._turn = 0
         # Bits that are being taken out of every page, and the shards in which that is still to do.
         self._sweeping = 0
         self._unswept = 0
@@ -98,14 +101,15 @@ class PageTable:
         Pairs of bits and their number of pages, ascending; without those that don't hold the first. Takes no more
         hashes than it needs.
         """
-        shards, select = self._shards, self._select
+        shards, select, turn = self._shards, self._select, self._turn
+        self._turn = (turn + 1) % _TOUCHED_ONE_IN
         matches: list[tuple[int, int]] = []
         alive, pages, last = live, 0, 0
         for each in hashes:
             shard = shards[each & select]
-            held = shard.pop(each, 0)
-            if held:
-                shard[each] = held
+            held = shard.get(each, 0)
+            if held and each % _TOUCHED_ONE_IN == turn:
+                shard[each] = shard.pop(each)
             if held is not last or not held:
                 last, still = held, alive & held
                 if still != alive:

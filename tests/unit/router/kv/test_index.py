@@ -156,7 +156,8 @@ def test_the_bound_makes_it_know_less_and_never_more(seed: int) -> None:
 def test_the_longest_unused_pages_go_first() -> None:
     index = KvIndex(100)
     index.stored(A, range(1, 101))
-    assert index.overlap(range(1, 51)) == {A: 50}
+    for _ in range(7):
+        assert index.overlap(range(1, 51)) == {A: 50}
     index.stored(B, range(201, 241))
     assert index.overlap(range(1, 51)) == {A: 50}, "what was asked for lately is kept"
     assert index.overlap(range(201, 241)) == {B: 40}
