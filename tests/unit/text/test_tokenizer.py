@@ -108,7 +108,7 @@ def test_no_token_holds_more_characters_than_the_longest(
     smollm2: TextTokenizer, byte_level: TextTokenizer, llama_style: TextTokenizer, text: str
 ) -> None:
     # SmolLM2's vocabulary has not all bytes: some control characters become no token at all.
-    printable = "".join(character for character in text if character.isprintable() or character.isspace())
+    printable = "".join(character for character in text if character.isprintable() or character in "\n\t")
     for tokenizer, encoded in ((smollm2, printable), (byte_level, text), (llama_style, text)):
         assert len(encoded) <= len(tokenizer._encode(encoded, False)) * tokenizer.longest_token
 

@@ -108,7 +108,7 @@ def test_the_index_hears_of_what_separates_caches() -> None:
 
 def test_the_flags_reach_it() -> None:
     index = Index(w1=800)
-    flags = RoutingFlags(prefill_policy="kv-aware", kv_aware_weight=0.5)
+    flags = RoutingFlags(prefill_policy="kv-aware", kv_aware_weight=0.5, kv_aware_temperature=0.0)
     policies = make_policies(flags, index)
     assert flags.kv_aware
     assert chosen(policies.prefill, ranks(0, 401)) == ["w0"]
