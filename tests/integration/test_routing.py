@@ -172,6 +172,8 @@ async def test_a_burst_spreads_over_workers_and_ranks(clusters: Clusters, link: 
     for worker, had in zip(started, before, strict=True):
         had_since = [now - then for then, now in zip(had, worker.rank_requests(), strict=True)]
         assert all(7 <= count <= 9 for count in had_since), f"{worker.instance_id}: {had_since}"
+    loads = [rank.load for worker in cluster.frontend.workers.all() for rank in worker.ranks]
+    await eventually(lambda: not any((each.tokens, each.requests) != (0, 0) for each in loads), what="no load is left")
 
 
 async def test_frontends_hear_of_each_others_load(clusters: Clusters) -> None:
@@ -243,7 +245,7 @@ async def test_names_that_can_not_be_had_are_refused_by_field(cluster: FakeClust
 async def test_a_named_worker_that_is_not_routable_is_unavailable_by_name(clusters: Clusters) -> None:
     cluster = await clusters.start(KV_AWARE)
     named, _ = await workers(cluster, Role.AGGREGATED, Role.AGGREGATED, decode_step=0.02)
-    running = asyncio.create_task(answered(cluster.frontend, request([1], 100, decode_worker=named.instance_id)))
+    running = asyncio.create_task(answered(cluster.frontend, request([1], 1000, decode_worker=named.instance_id)))
     await eventually(lambda: named.simulator is not None and bool(named.simulator.scheduler.live))
     named.host.stop()
     await cluster.routable(1)
@@ -251,7 +253,8 @@ async def test_a_named_worker_that_is_not_routable_is_unavailable_by_name(cluste
         await answered(cluster.frontend, request([1, 2], decode_worker=named.instance_id))
     assert (caught.value.field, caught.value.code) == ("decode_worker", grpc.StatusCode.UNAVAILABLE)
     assert "draining" in caught.value.message
-    await running
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_under_direct_a_request_without_a_name_is_refused(clusters: Clusters) -> None:
