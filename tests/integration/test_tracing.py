@@ -157,6 +157,7 @@ async def test_without_export_the_engines_get_the_clients_context(cluster: FakeC
 
 async def test_a_leg_with_other_headers_is_refused_alone(cluster: FakeCluster) -> None:
     worker = await cluster.start_worker(Role.PREFILL)
+    await cluster.routable(1)
     errors: dict[int, bytes] = {}
     async with grpc.aio.insecure_channel(worker.endpoint) as channel:
         call = session_pb2_grpc.WorkerSessionServiceStub(channel).Connect()
