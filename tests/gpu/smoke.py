@@ -44,6 +44,7 @@ class Run:
     versions: str
     tokens: dict[int, list[int]]
     first_token: dict[int, float]
+    features: dict[str, bool]
 
 
 def model_folder(layers: int | None, scratch: Path) -> Path:
@@ -78,9 +79,10 @@ async def run(mode: Literal["agg", "disagg"], model: Path, out: Path) -> Run:
         print(f"{mode}: ready after {ready:.0f} s", flush=True)
         (worker, *_) = cluster.workers.values()
         versions = f"sglang {worker.runtime.versions.engine_version}, nixl {worker.runtime.versions.nixl}"
-        result = Run(mode, ready, versions, {}, {})
+        result = Run(mode, ready, versions, {}, {}, {})
         for length in INPUT_TOKENS:
             result.tokens[length], result.first_token[length] = await ask(client, length)
+        result.features = await features(client, (await client.model_info()).eos_token_ids[0])
     left = cluster.leftovers()
     if left:
         raise SystemExit(f"{mode}: left behind: {left}")
@@ -97,6 +99,23 @@ async def ask(client: Client, length: int) -> tuple[list[int], float]:
         async for _ in client.stream(token_ids=prompt(length, seed), sampling=sampling):
             best = min(best, time.monotonic() - sent)
     return answer.token_ids, best
+
+
+async def features(client: Client, end: int) -> dict[str, bool]:
+    """What SGLang is asked for beside tokens, and whether it came. `end` is the model's end of sequence."""
+    ask: dict[str, Any] = {"token_ids": prompt(50, 0)}
+    likely = await client.generate(
+        **ask, sampling=SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True), logprobs=2
+    )
+    forced: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0, "logit_bias": {end: 100.0}}
+    short = await client.generate(**ask, sampling=SamplingParams(**forced))
+    longer = await client.generate(**ask, sampling=SamplingParams(**forced, min_new_tokens=5))
+    return {
+        "log probabilities": [each.token_id for each in likely.logprobs] == likely.token_ids
+        and all(each.logprob == each.top[0].logprob for each in likely.logprobs),
+        "logit bias": short.token_ids == [end],
+        "minimum length": len(longer.token_ids) >= 5 and end not in longer.token_ids[:4],
+    }
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -119,9 +138,12 @@ async def compare(layers: int | None, out: Path) -> int:
         ttft = aggregated.first_token[length] * 1e3, disaggregated.first_token[length] * 1e3
         print(f"{length:>12}  {'yes' if equal else 'NO':>5}  {ttft[0]:>12.1f} ms  {ttft[1]:>15.1f} ms")
         rows.append({"input_tokens": length, "equal": equal, "ttft_agg_ms": ttft[0], "ttft_disagg_ms": ttft[1]})
+    for name, came in disaggregated.features.items():
+        print(f"{name}: {'yes' if came and aggregated.features[name] else 'NO'}")
     report = {"rows": rows, "runs": [asdict(aggregated), asdict(disaggregated)]}
     (out / "smoke.json").write_text(json.dumps(report, indent=1))
-    return 0 if all(row["equal"] for row in rows) else 1
+    features_came = all([*disaggregated.features.values(), *aggregated.features.values()])
+    return 0 if features_came and all(row["equal"] for row in rows) else 1
 
 
 if __name__ == "__main__":
