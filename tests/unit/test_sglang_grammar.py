@@ -180,8 +180,9 @@ class TestMinNewTokens:
         with pytest.raises(ValueError, match="unavailable"):
             module.raise_if_tokenizer_required(None, ["stop"], [], 5)
 
-    def test_the_penalizer_finds_no_tokens_of_a_tokenizer_and_leaves_none_behind(
-        self, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("reads_the_configuration", [True, False], ids=["0.5.23", "0.5.17"])
+    def test_the_penalizer_bars_the_models_own_ends_and_leaves_no_tokenizer_behind(
+        self, monkeypatch: pytest.MonkeyPatch, reads_the_configuration: bool
     ) -> None:
         class Penalizer:
             def __init__(self, reqs: list[Any]) -> None:
@@ -192,15 +193,15 @@ class TestMinNewTokens:
                 for req in self.orchestrator.reqs():
                     more = req.tokenizer.additional_stop_token_ids or set()
                     assert req.tokenizer.eos_token_id is None
-                    self.barred.append(req.eos_token_ids | more)
+                    self.barred.append(more | ((req.eos_token_ids or set()) if reads_the_configuration else set()))
 
         fake(monkeypatch, "sglang.srt.sampling.penaltylib", BatchedMinNewTokensPenalizer=Penalizer)
         count_min_new_tokens_without_tokenizer()
-        reqs = [SimpleNamespace(tokenizer=None, eos_token_ids={2})]
+        reqs = [SimpleNamespace(tokenizer=None, eos_token_ids=ends) for ends in ({2}, {3, 4}, None)]
         penalizer = Penalizer(reqs)
         penalizer._prepare()
-        assert penalizer.barred == [{2}]
-        assert reqs[0].tokenizer is None
+        assert penalizer.barred == [{2}, {3, 4}, set()]
+        assert [req.tokenizer for req in reqs] == [None] * 3
 
 
 SERVER = """

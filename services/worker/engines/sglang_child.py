@@ -87,16 +87,16 @@ def try_grammars_out(server_args: Any) -> None:
 def count_min_new_tokens_without_tokenizer() -> None:
     """Let SGLang's `min_new_tokens` work from the ends of sequence that the model's configuration names.
 
-    It asks each request's tokenizer for further ones, and there is none.
+    It asks each request's tokenizer for them (0.5.17 for all, 0.5.23 for further ones), and there is none.
     """
     penalizer: Any = import_module("sglang.srt.sampling.penaltylib").BatchedMinNewTokensPenalizer
     prepare = penalizer._prepare  # noqa: SLF001
-    no_tokenizer = SimpleNamespace(eos_token_id=None, additional_stop_token_ids=None)
 
     def with_stand_in(self: Any) -> None:
         without = [req for req in self.orchestrator.reqs() if req.tokenizer is None]
         for req in without:
-            req.tokenizer = no_tokenizer
+            ends = {token for token in req.eos_token_ids or () if token is not None}
+            req.tokenizer = SimpleNamespace(eos_token_id=None, additional_stop_token_ids=ends)
         try:
             prepare(self)
         finally:
