@@ -206,6 +206,9 @@ def test_pages_of_pairs_are_pages_of_their_first_tokens() -> None:
 def test_pages_outside_the_device_are_not_ours() -> None:
     events = [stored(1) | {"medium": "CPU_PINNED"}, {"type": "BlockRemoved", "block_hashes": [1], "medium": "DISK"}]
     assert decode_batch(msgspec.msgpack.encode([0.0, events])) == []
+    older = [["BlockStored", [1], None, [1], 1, None, "CPU_PINNED"], ["BlockRemoved", [1], "CPU_PINNED"]]
+    assert decode_batch(msgspec.msgpack.encode([0.0, older])) == []
+    assert decode_batch(msgspec.msgpack.encode([0.0, [["BlockRemoved", [1], "GPU"]]])) == [BlockRemoved([1])]
 
 
 @pytest.mark.parametrize("payload", [b"", b"\xc1", msgspec.msgpack.encode({}), msgspec.msgpack.encode([0.0, [[9]]])])

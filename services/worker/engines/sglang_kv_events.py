@@ -168,8 +168,8 @@ def decode_batch(payload: bytes) -> list[KvEvent]:
 
 
 _FIELDS = {
-    "BlockStored": ("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id"),
-    "BlockRemoved": ("block_hashes",),
+    "BlockStored": ("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium"),
+    "BlockRemoved": ("block_hashes", "medium"),
     "AllBlocksCleared": (),
 }
 
