@@ -838,6 +838,26 @@ class TestGrammars:
         await engine.abort(ENGINE_ID)
         assert (tried, fake.opened) == ([bad, good], [ENGINE_ID])
 
+    @pytest.mark.parametrize("verdict_first", [False, True])
+    async def test_an_abort_during_a_trial_ends_the_request_at_once_and_for_good(self, verdict_first: bool) -> None:
+        fake = FakeSglang()
+        engine, tried = engine_over(fake), asyncio.Event()
+
+        async def require(_grammar: Grammar) -> None:
+            await tried.wait()
+
+        engine._grammars = SimpleNamespace(require=require)  # pyright: ignore[reportAttributeAccessIssue]
+        deltas = engine.generate(request(sampling=Sampling(8, grammar=Grammar(GrammarKind.REGEX, "slow"))))
+        await asyncio.sleep(0.01)
+        if verdict_first:  # in the same turn of the loop
+            tried.set()
+        await engine.abort(ENGINE_ID)
+        async with asyncio.timeout(0.2):
+            assert (await finish_of(deltas)).reason is Finish.ABORT
+        tried.set()
+        await asyncio.sleep(0.05)
+        assert (fake.opened, engine._live, engine._pumps) == ([], {}, {})
+
 
 # Death
 

@@ -227,6 +227,10 @@ class SglangEngine:
         if live.aborting:
             return
         live.aborting = True
+        if not live.opened:  # its grammar may be on trial, which is no reason to wait
+            live.end_aborted("aborted before it reached the engine")
+            self._pumps[live.engine_id].cancel()
+            return
         asyncio.get_running_loop().call_later(
             self._options.abort_timeout_s,
             live.end_aborted,

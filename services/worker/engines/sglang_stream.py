@@ -147,6 +147,8 @@ class LiveRequest:
         """`logprobs`: each token comes with its own. `grammar` is what a refusal by the scheduler may be about."""
         self.engine_id = engine_id
         self.aborting = False
+        self.opened = False
+        """Whether SGLang may know of it."""
         self.done = False
         self.embedding: Sequence[float] = ()
         """Of an embedding request that has ended well."""
@@ -157,12 +159,14 @@ class LiveRequest:
         self._output: asyncio.Queue[EngineDelta | Exception] = asyncio.Queue()
 
     async def pump(self, open_stream: Callable[[], Awaitable[AsyncIterator[Chunk]]]) -> None:
-        """Read SGLang's stream to its end. Never raises: what goes wrong is put before the iterator."""
+        """Read SGLang's stream to its end. Never raises: what goes wrong is put before the iterator.
+
+        May be cancelled while the stream is not open: SGLang has heard of nothing then.
+        """
         try:
-            if self.aborting:
-                self.end_aborted("aborted before it reached the engine")
-                return
-            async for chunk in await open_stream():
+            stream = await open_stream()
+            self.opened = True
+            async for chunk in stream:
                 self._take(chunk)
             self.end_aborted("the engine's stream ended without a reason")
         except ValueError as error:
