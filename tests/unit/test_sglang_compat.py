@@ -692,6 +692,24 @@ class TestGrammarRefusals:
             await outcome(chunk([5]), chunk([], abort, completion_tokens=1), grammar=self.GRAMMAR)
         assert caught.value.field == "sampling.ebnf"
 
+    @pytest.mark.parametrize("status", [{}, {"status_code": None}])
+    async def test_an_abort_without_a_reason_that_nobody_asked_for_is_the_grammars(
+        self, status: dict[str, None]
+    ) -> None:
+        abort = {"type": "abort", "message": "Aborted", **status}
+        with pytest.raises(EngineRefusedError, match="no token .* goes on") as caught:
+            await outcome(chunk([5]), chunk([], abort, completion_tokens=1), grammar=self.GRAMMAR)
+        assert caught.value.field == "sampling.ebnf"
+        deltas = await outcome(chunk([], abort))
+        assert deltas[-1].finish is not None, "without a grammar it stays an abort"
+
+    async def test_an_abort_that_was_asked_for_is_not_the_grammars(self) -> None:
+        engine = engine_over(FakeSglang())
+        deltas = engine.generate(request(sampling=Sampling(8, grammar=self.GRAMMAR)))
+        await anext(deltas)
+        await engine.abort(ENGINE_ID)
+        assert (await finish_of(deltas)).reason is Finish.ABORT
+
     async def test_another_abort_of_a_request_with_a_grammar_is_none(self) -> None:
         abort = {"type": "abort", "message": "Aborted", "status_code": 500}
         deltas = await outcome(chunk([], abort), grammar=self.GRAMMAR)

@@ -28,6 +28,9 @@ _BAD_REQUEST = 400
 _IMPOSSIBLE = -1e30
 # What SGLang's scheduler says of a grammar that it can't use, at the start and on the way.
 _DEAD_END = "Grammar accept_token failed"
+# All that 0.5.17 says of a grammar that ends a request on the way.
+_ABORTED = "Aborted"
+_LOST_TO_GRAMMAR = "no token of the vocabulary goes on from where the answer has come to, or it takes too long to tell"
 _GRAMMAR_FAILURES = ("Failed to compile", "Grammar preprocessing timed out", _DEAD_END)
 
 
@@ -236,6 +239,8 @@ class LiveRequest:
         message = str(reason.get("message") or "refused by the scheduler")
         if self._grammar is not None and message.startswith(_GRAMMAR_FAILURES):
             return EngineRefusedError(_grammar_failure(message), field=self._grammar.field)
+        if self._grammar is not None and not self.aborting and message == _ABORTED and not reason.get("status_code"):
+            return EngineRefusedError(_LOST_TO_GRAMMAR, field=self._grammar.field)
         if reason.get("status_code") == _BAD_REQUEST and not anything:
             return EngineRefusedError(message)
         return None
