@@ -224,13 +224,12 @@ class Line:
     def reopen_all(self, worker: Worker | None = None, *, keep: int = 0) -> None:
         """All that stand with the worker, or with any, but for the `keep` most urgent ones."""
         for each in [worker] if worker is not None else list(self._chosen):
-            seats = self._chosen.get(each)
+            # Seats that are to be empty go, or they would keep a worker that leaves.
+            seats = self._chosen.get(each) if keep else self._chosen.pop(each, None)
             if seats is None or len(seats) <= keep:
                 continue
             for ticket in seats.all()[keep:]:
                 self.reopen(ticket)
-            if not keep:
-                del self._chosen[each]
 
     def first_for(self, target: Target) -> Ticket | None:
         """The most urgent one that a credit of the target may serve; it stays."""

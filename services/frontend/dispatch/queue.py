@@ -202,8 +202,8 @@ class DispatchQueue:
     def _serve_all(self) -> None:
         self._targets.changed()
         for model, line in self._lines.items():
+            line.reopen_all()
             if line:
-                line.reopen_all()
                 self._end_hopeless(model, line)
                 self._serve(model, line)
 

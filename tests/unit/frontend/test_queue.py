@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import weakref
 from typing import Any, cast
 
 import pytest
@@ -556,6 +558,19 @@ def test_one_that_leaves_before_it_has_a_prompt_is_gone() -> None:
     ticket.leave()
     ticket.describe(PROMPT)
     assert (len(house.queue), worker.link.asked) == (0, 0)
+
+
+def test_an_idle_worker_that_leaves_is_forgotten() -> None:
+    worker = decode(free=1)
+    house, gone = House(worker), weakref.ref(worker)
+    ticket = house.enter()
+    house.grant(worker)
+    placed(ticket).give_back()
+    house.router.all, house.decodes = [], []
+    house.queue.workers_changed()
+    del worker, ticket
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_burst_between_two_reports_spreads() -> None:
