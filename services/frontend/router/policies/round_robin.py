@@ -8,6 +8,9 @@ from weakref import WeakKeyDictionary
 
 from services.frontend.router.policies.policy import Candidate, Choice, Policy, Prompt
 
+# Partners whose turns are kept for each candidate: partners come and go, and nobody says which are gone.
+MAX_PARTNERS = 1024
+
 
 class RoundRobin(Policy):
     """Prefill workers take turns for each decode worker, so that every pair is used in time.
@@ -31,5 +34,10 @@ class RoundRobin(Policy):
 
         chosen = min(candidates, key=turns)
         last = self._last.setdefault(chosen, {})
-        last[partner] = last[""] = next(self._turns)
+        turn = next(self._turns)
+        for key in (partner, ""):
+            last.pop(key, None)
+            last[key] = turn  # the oldest turns stand first
+        if len(last) > MAX_PARTNERS:
+            del last[next(iter(last))]
         return Choice(chosen)

@@ -14,7 +14,7 @@ from services.frontend.router.policies.make import make_policies
 from services.frontend.router.policies.policy import Policy
 from services.frontend.router.policies.power_of_two import PowerOfTwo
 from services.frontend.router.policies.random_choice import Random
-from services.frontend.router.policies.round_robin import RoundRobin
+from services.frontend.router.policies.round_robin import MAX_PARTNERS, RoundRobin
 from tests.unit.router.policies.candidates import PROMPT, chosen, ranks
 
 RNG = random.Random(1)
@@ -36,6 +36,18 @@ def test_round_robin_uses_every_pair_and_in_one_round_every_worker() -> None:
     rounds = [[(partner, chosen(policy, workers, partner=partner)[0]) for partner in partners] for _ in range(2)]
     assert {worker for _, worker in rounds[0]} == {"w0", "w1"}
     assert len({*rounds[0], *rounds[1]}) == 4
+
+
+def test_round_robin_forgets_the_partners_of_the_longest_time_ago() -> None:
+    policy, workers = RoundRobin(), ranks(0, 0)
+    chosen(policy, workers, 2, partner="first")
+    chosen(policy, workers, 1, partner="first")
+    for number in range(2 * MAX_PARTNERS):
+        chosen(policy, workers, 2, partner=f"d{number}")
+    kept = policy._last[workers[0]]  # pyright: ignore[reportPrivateUsage]
+    assert len(kept) <= MAX_PARTNERS
+    assert f"d{2 * MAX_PARTNERS - 1}" in kept
+    assert "first" not in kept
 
 
 def test_random_uses_all_alike() -> None:
