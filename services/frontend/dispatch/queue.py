@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 import grpc
 
@@ -94,6 +95,9 @@ class DispatchQueue:
         ticket.held, ticket.prefers = False, prefers
         self._count(ticket, -1)
         self._add(ticket)
+        if ticket.waiting:
+            # Those that it names may have gone while it was held.
+            self._end_hopeless(ticket.model, [ticket])
 
     def enter_again(self, ticket: Ticket, excluded: frozenset[str]) -> Ticket | None:
         """After a failed attempt: at its old place, for workers without `excluded`. None when there are none."""
@@ -204,13 +208,13 @@ class DispatchQueue:
         for model, line in self._lines.items():
             line.reopen_all()
             if line:
-                self._end_hopeless(model, line)
+                self._end_hopeless(model, line.picky)
                 self._serve(model, line)
 
-    def _end_hopeless(self, model: str, line: Line) -> None:
+    def _end_hopeless(self, model: str, tickets: Iterable[Ticket]) -> None:
         """Requests whose last possible workers have gone while others of the model are there."""
         targets = self._targets.possible(model)
-        for ticket in line.picky if targets else ():
+        for ticket in tickets if targets else ():
             if not any(map(ticket.fits, targets)):
                 self._settle(ticket, self._router.unmet(model, ticket.hints))
 

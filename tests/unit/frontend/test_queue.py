@@ -686,6 +686,18 @@ def test_one_whose_named_worker_goes_while_it_waits_is_told() -> None:
     assert isinstance(result(ticket), RequestError)
 
 
+def test_one_whose_named_worker_went_while_it_was_held_is_told_at_its_turn() -> None:
+    house = House(decode("d0"), decode("d1"))
+    _, held = house.enter_all(count=2, hints=Hints(decode="d0"))
+    del house.router.all[0]
+    house.queue.workers_changed()
+    house.queue.release(held)
+    error = result(held)
+    assert isinstance(error, RequestError)
+    assert error.reason is Reason.WORKER_NOT_FOUND
+    assert len(house.queue) == 0
+
+
 def test_a_named_worker_that_has_failed_a_request_is_not_replaced() -> None:
     house = House(d0 := decode("d0", free=4), decode("d1", free=4))
     ticket = house.enter(hints=Hints(decode="d0"))
