@@ -40,7 +40,7 @@ class Chooser:
     def place(self, ticket: Ticket, target: Target, credit: Credit) -> Placement:
         """The request's workers, with the target's credit. A pair that is not proven has no shares: it can't be used.
 
-        What was chosen for the ticket before is taken over, or ends if it was another worker.
+        What was chosen for the ticket before is taken over: only the chosen worker's credits are for it.
         """
         began = time.monotonic()
         prompt = ticket.prompt
@@ -69,9 +69,7 @@ class Chooser:
 
     def _decode(self, ticket: Ticket, prompt: Prompt, target: Target) -> tuple[WorkerRank, LegShare]:
         if ticket.rank is not None and ticket.share is not None:
-            if ticket.rank.worker is target.decode:
-                return ticket.rank, ticket.share
-            ticket.share.end()
+            return ticket.rank, ticket.share
         return self.streaming(prompt, [target.decode])
 
     def _prefills(self, ticket: Ticket, target: Target) -> list[Worker]:
