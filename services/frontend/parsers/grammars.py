@@ -6,7 +6,7 @@ The forms are those that SGLang's own server hands to its grammar backends.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from services.requests import Grammar, GrammarKind
 _ANY_ARGUMENTS: Mapping[str, Any] = {"type": "object"}
 # What "$ref" may point into from the root of a schema.
 _DEFINITIONS = ("$defs", "definitions")
+_MOVED = tuple(f"#/{kind}/" for kind in _DEFINITIONS)
 
 
 class SchemaConflictError(ValueError):
-    """Two tools define the same name differently: one schema can't hold both."""
+    """The schemas of the tools can't be put into one, which means what each of them does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,11 @@ def _format(grammar: Grammar) -> str:
 def _call_schema(function: Function, definitions: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The schema of a call; the definitions of its arguments go to the root, where references look for them."""
     parameters = dict(function.schema)
+    for reference in _references(parameters):
+        if reference.startswith("#") and not reference.startswith(_MOVED):
+            # The root is the array of calls: there it would mean something else, without an error.
+            where = " and ".join(f"#/{kind}" for kind in _DEFINITIONS)
+            raise SchemaConflictError(f"{function.name}: $ref {reference!r}, only {where} can be referred to here")
     for kind in _DEFINITIONS:
         named = parameters.pop(kind, None)
         if not isinstance(named, dict):
@@ -109,3 +115,18 @@ def _call_schema(function: Function, definitions: dict[str, dict[str, Any]]) -> 
         "properties": {"name": {"type": "string", "enum": [function.name]}, "parameters": parameters},
         "required": ["name", "parameters"],
     }
+
+
+def _references(schema: object) -> Iterator[str]:
+    """Every "$ref" in it, however deep."""
+    left = [schema]
+    while left:
+        match left.pop():
+            case dict() as entries:
+                if isinstance(reference := entries.get("$ref"), str):
+                    yield reference
+                left += entries.values()
+            case list() as elements:
+                left += elements
+            case _:
+                pass

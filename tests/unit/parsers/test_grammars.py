@@ -124,3 +124,23 @@ def test_two_definitions_of_one_name_are_refused() -> None:
     with pytest.raises(SchemaConflictError, match=r"other: \$defs 'name'"):
         required_calls([WEATHER, other], single=False)
     required_calls([WEATHER, Function("same", "", CITY)], single=False)
+
+
+def tree(reference: str) -> Function:
+    """Its arguments refer to themselves."""
+    children = {"type": "array", "items": {"$ref": reference}}
+    return Function("tree", "", {"type": "object", "properties": {"children": children}}, strict=True)
+
+
+@pytest.mark.parametrize("reference", ["#", "#/properties/children", "#node"])
+def test_a_reference_to_what_is_not_at_the_root_of_required_calls_is_refused(reference: str) -> None:
+    with pytest.raises(SchemaConflictError, match=rf"tree: \$ref '{reference}'"):
+        required_calls([WEATHER, tree(reference)], single=False)
+
+
+def test_a_strict_tool_may_refer_to_its_own_root(xgrammar: Any, compiler: Any) -> None:
+    grammar = strict_calls([tree("#")], TOOL_FORMATS["qwen"])
+    form = TOOL_FORMATS["qwen"]
+    for arguments, good in (('{"children": [{"children": []}]}', True), ('{"children": [1]}', False)):
+        text = f'{form.before_name}tree", "arguments":{arguments}{form.after_arguments}'
+        assert accepts(xgrammar, compiler, grammar, text) is good
