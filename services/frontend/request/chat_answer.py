@@ -79,8 +79,11 @@ class ChatAnswer:
             return None
         return lambda: self._parser(thinking)
 
-    def grammar(self, own: Grammar | None, thinking: Thinking) -> Grammar | None:
-        """What holds the answer: the request's own grammar, or the tools'. Raises RequestError."""
+    def grammar(self, own: Grammar | None, thinking: Thinking) -> tuple[Grammar | None, str]:
+        """What holds the answer, the request's own grammar or the tools', and the field it is from.
+
+        Raises RequestError.
+        """
         grammar, field = own, "" if own is None else f"sampling.{own.kind.value}"
         tools = self.chat.tools
         try:
@@ -92,7 +95,7 @@ class ChatAnswer:
         except SchemaConflictError as error:
             raise invalid("chat.tools", str(error)) from error
         if grammar is None:
-            return None
+            return None, ""
         if thinking is not Thinking.CLOSED:
             held = behind_reasoning(grammar, opened=thinking is Thinking.OPEN)
             if held is not grammar and self.grammar_backend in _NO_SEQUENCES:
@@ -100,7 +103,7 @@ class ChatAnswer:
             grammar = held
         if grammar is not own and (size := len(grammar.source.encode())) > MAX_GRAMMAR_BYTES:
             raise invalid(field, f"its grammar has {size} bytes, at most {MAX_GRAMMAR_BYTES}")
-        return grammar
+        return grammar, field
 
     def _parser(self, thinking: Thinking) -> StreamParser:
         tools, calls, reasoning = self.chat.tools, self.calls, self.reasoning

@@ -171,7 +171,7 @@ class RequestOwner:
         if not self._state.ended:
             self._state.take(Step.CANCEL if error.code is grpc.StatusCode.CANCELLED else Step.ERROR)
         room = self._attempt.room_number if self._attempt is not None else 0
-        self.answer.error = error.with_context(room=room, request_id=self.request_id)
+        self.answer.error = self._prepared.as_sent(error).with_context(room=room, request_id=self.request_id)
         self._progress.choice_failed(self.answer.error)
 
     async def _run(self) -> None:

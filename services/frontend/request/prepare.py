@@ -17,7 +17,9 @@ from services.frontend.request.reply import ReplyFormat
 from services.frontend.router.worker import Worker
 from services.frontend.text import ChatTemplateError, InvalidMessagesError, InvalidTextError, TokenizerError
 from services.frontend.text_models import TextModel
-from services.requests import Limits, Sampling, check_logprobs, check_prompt, check_sampling, check_stops
+from services.requests import GrammarKind, Limits, Sampling, check_logprobs, check_prompt, check_sampling, check_stops
+
+_GRAMMAR_FIELDS = frozenset(f"sampling.{kind.value}" for kind in GrammarKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,15 @@ class PreparedRequest:
     sampling: Sampling
     text: ReplyFormat | None
     logprobs: int | None = None
+    grammar_field: str = ""
+    """The client's field that a chat's grammar is from; a worker knows it by the field that it came in."""
+
+    def as_sent(self, error: RequestError) -> RequestError:
+        """The error of a worker, by the names of what the client has sent."""
+        if not self.grammar_field or error.field not in _GRAMMAR_FIELDS:
+            return error
+        message = error.message.replace(error.field, self.grammar_field, 1)
+        return replace(error, field=self.grammar_field, message=message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +69,14 @@ async def prepare(
     # Cheap checks first, with a prompt of one token: bad sampling costs no tokenization.
     check_sampling(_without_length(request.sampling), prompt_tokens=1, limits=limits)
     prompt = await _prompt(request, worker, limits)
+    grammar_field = ""
     token_ids = check_prompt(prompt.token_ids, limits, field=prompt.field)
     sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=limits)
     if stops and worker.text is None:
         raise _no_tokenizer("sampling.stop", worker)
     if prompt.answer is not None:
-        sampling = replace(sampling, grammar=prompt.answer.grammar(sampling.grammar, prompt.thinking))
+        grammar, grammar_field = prompt.answer.grammar(sampling.grammar, prompt.thinking)
+        sampling = replace(sampling, grammar=grammar)
     return PreparedRequest(
         request_id=request_id,
         model=worker.record.model.name,
@@ -71,6 +84,7 @@ async def prepare(
         sampling=sampling,
         text=_reply_format(request, worker.text, prompt, stops),
         logprobs=logprobs,
+        grammar_field=grammar_field,
     )
 
 

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from kvbaton.errors import RequestError
+from kvbaton.errors import RequestError, invalid
 from kvbaton.v1 import generate_pb2, worker_pb2
 from kvbaton.v1.generate_pb2 import ChatInput, ChatMessage, GenerateRequest, SamplingParams, Tool, ToolCall, ToolChoice
 from services.frontend.request.chat import MAX_JSON_DEPTH, MAX_MESSAGES, MAX_TEMPLATE_ARGUMENTS_BYTES, MAX_TOOLS
@@ -320,6 +320,21 @@ async def test_without_separate_reasoning_the_grammar_holds_the_whole_answer(qwe
     grammar = (await qwen3.prepare(sampling=ANSWER, separate_reasoning=False)).sampling.grammar
     assert grammar is not None
     assert grammar.source == ANSWER.json_schema
+
+
+async def test_what_a_worker_says_of_the_grammar_names_what_the_client_sent(hermes: Model, qwen3: Model) -> None:
+    tools: Any = [Tool(name="f")]
+    strict: Any = [Tool(name="f", strict=True)]
+    refused = invalid("sampling.structural_tag", "too complex")
+    for prepared, field in [
+        (await qwen3.prepare(sampling=ANSWER), "sampling.json_schema"),
+        (await qwen3.prepare(tools=tools, tool_choice=REQUIRED), "chat.tool_choice"),
+        (await hermes.prepare(tools=strict), "chat.tools"),
+        (await hermes.prepare(), "sampling.structural_tag"),
+    ]:
+        error = prepared.as_sent(refused)
+        assert (error.field, error.message) == (field, f"{field}: too complex")
+        assert prepared.as_sent(invalid("sampling.stop", "no")).field == "sampling.stop"
 
 
 async def test_a_structural_tag_is_not_touched(qwen3: Model) -> None:
