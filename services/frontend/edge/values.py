@@ -140,7 +140,6 @@ def _as_list(value: object) -> object:
 
 
 Int32 = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
-Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(ge=1, lt=1 << 63)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]

@@ -63,11 +63,6 @@ def responses_call(body: ResponsesRequest, request_id: str) -> Call:
     return Call(request, partial(_name_of, renames, conversation.places))
 
 
-def wants_logprobs(body: ResponsesRequest) -> bool:
-    """Whether the text comes with log probabilities."""
-    return _logprobs(body) is not None
-
-
 @dataclass(slots=True)
 class _Places:
     """Where a message comes from, and where each of its calls does."""
