@@ -114,6 +114,7 @@ word.
 A request that fails before its first token has one of these statuses, streamed or not. After that a stream's last
 event is the error body, without `[DONE]`; in /v1/responses the events are `error` and `response.failed`. Closing the
 connection cancels the request. `x-request-id` comes back, and is the id of the request in logs and for Abort.
+A completions request of several prompts runs as requests `<id>-0`, `<id>-1`, … in their order: Abort takes these ids.
 
 ## Request fields
 
