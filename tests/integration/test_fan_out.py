@@ -334,3 +334,32 @@ async def test_real_processes_answer_every_choice_as_the_oracle_does(etcd_endpoi
         assert all(tokens > 5900 for tokens in cached[1:]), cached
     finally:
         await asyncio.to_thread(processes.stop)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_shutdown_is_no_reason_to_try_other_workers(cluster: FakeCluster, n: int) -> None:
+    prefills = [await cluster.start_worker(Role.PREFILL, Behaviour(hang=True)) for _ in range(2)]
+    for _ in range(2):
+        await cluster.start_worker(Role.DECODE)
+    await cluster.routable(4)
+    running = asyncio.create_task(failure(cluster.frontend.grpc_port, asking(n)))
+    await eventually(lambda: sum(len(each.engine.live) for each in prefills) == n)
+    cluster.frontend.generation.shut_down()
+    async with asyncio.timeout(4):
+        error = await running
+    assert error.reason is Reason.SHUTTING_DOWN
+    await nothing_left(cluster)
+    assert sum(len(each.engine.seen) for each in prefills) == n, "one attempt each"
+
+
+async def test_the_siblings_of_a_choice_that_failed_for_good_are_not_tried_again(cluster: FakeCluster) -> None:
+    prefills = [await cluster.start_worker(Role.PREFILL, Behaviour(hang=True)) for _ in range(2)]
+    for _ in range(2):
+        await cluster.start_worker(Role.DECODE)
+    await cluster.routable(4)
+    live: Any = await cluster.frontend.generation.submit(asking(3))
+    await eventually(lambda: sum(len(each.engine.live) for each in prefills) == 3)
+    # An error that a first attempt would be tried again after.
+    live.choice_failed(RequestError(grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_ABORTED, "aborted"))
+    await nothing_left(cluster)
+    assert sum(len(each.engine.seen) for each in prefills) == 3

@@ -41,6 +41,14 @@ class _End:
     error: RequestError
 
 
+class _Ended(Exception):  # noqa: N818, not an error of its own
+    """Carries an `_End` out; no RequestError, so that no retry takes it for an attempt's failure."""
+
+    def __init__(self, error: RequestError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 @dataclass(frozen=True, slots=True)
 class _FromLeg:
     """What a leg of some attempt says."""
@@ -153,6 +161,8 @@ class RequestOwner:
     async def _own(self) -> None:
         try:
             await self._run()
+        except _Ended as ended:
+            self._fail(ended.error)
         except RequestError as error:
             self._fail(error)
         except Exception as error:
@@ -195,13 +205,13 @@ class RequestOwner:
                 await self._pause()
 
     async def _placed(self, ticket: Ticket) -> Placement:
-        """Waits for workers. Raises RequestError."""
+        """Waits for workers. Raises RequestError, and _Ended as all that waits does."""
         ticket.describe(Prompt(self._prepared.token_ids))
         ticket.deliver_to(lambda result: self._events.put_nowait(_FromQueue(ticket, result)))
         while True:
             item = await self._next_event()
             if isinstance(item, _End):
-                raise item.error
+                raise _Ended(item.error)
             if isinstance(item, _FromQueue) and item.ticket is ticket:
                 if isinstance(item.result, RequestError):
                     raise item.result
@@ -211,13 +221,13 @@ class RequestOwner:
         return self._queue.enter_again(self._ticket, excluded)
 
     async def _pause(self) -> None:
-        """A moment before the next attempt. Raises what ends the request meanwhile."""
+        """A moment before the next attempt. Raises _Ended."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._retry.pause()):
                 while True:
                     item = await self._events.get()
                     if isinstance(item, _End):
-                        raise item.error
+                        raise _Ended(item.error)
 
     def _dispatch(self, placement: Placement) -> None:
         self._state.take(Step.PAIR_CHOSEN)
@@ -241,11 +251,11 @@ class RequestOwner:
         self._events.put_nowait(_FromLeg(attempt, role, event))
 
     async def _follow(self) -> None:
-        """Until the answer is complete. Raises the attempt's error."""
+        """Until the answer is complete. Raises the attempt's error, or _Ended."""
         while True:
             item = await self._next_event()
             if isinstance(item, _End):
-                raise item.error
+                raise _Ended(item.error)
             if isinstance(item, _FromQueue) or item.attempt is not self._attempt:
                 continue  # an earlier attempt's legs still say goodbye
             if isinstance(item.event, LegFailed):
@@ -267,14 +277,14 @@ class RequestOwner:
     async def _settle_hand_over(self, attempt: Attempt) -> None:
         """A short answer may be complete before prefill's token is here; without the comparison it proves nothing.
 
-        Raises RequestError when the tokens differ, or when the client ends the request meanwhile.
+        Raises RequestError when the tokens differ, and _Ended.
         """
         try:
             async with asyncio.timeout(PREFILL_END_TIMEOUT):
                 while not attempt.hand_over.settled:
                     item = await self._events.get()
                     if isinstance(item, _End):
-                        raise item.error
+                        raise _Ended(item.error)
                     if isinstance(item, _FromQueue) or item.attempt is not attempt or item.role is not Role.PREFILL:
                         continue
                     if isinstance(item.event, LegFailed):
