@@ -39,7 +39,6 @@ class FanOut:
         self.error: RequestError | None = None
         # Not started: they wait for the first one's prefill.
         self._held: Sequence[RequestOwner] = ()
-        self._running: list[RequestOwner] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._choices = self._choices_left = 0
 
@@ -84,7 +83,8 @@ class FanOut:
 
     def end(self, error: RequestError) -> None:
         """Ends every leg of every choice; `outputs` then raises the error. Without effect on what has ended."""
-        for owner in self._running:
+        # Also those that are held: their turn may come before the first one hears of this.
+        for owner in self.owners:
             owner.end(error)
 
     def choice_prefilled(self) -> None:
@@ -111,7 +111,7 @@ class FanOut:
         if not self._choices_left:
             self._ended(self)
             # They know this object: without the circle a request's memory is free when it ends.
-            self.owners, self._running = (), []
+            self.owners = ()
 
     def report(self, model: str, received: float) -> Report:
         """Of the whole, before `ended` returns; `received` is on the monotonic clock."""
@@ -133,7 +133,6 @@ class FanOut:
             self._run(owner)
 
     def _run(self, owner: RequestOwner) -> None:
-        self._running.append(owner)
         task = owner.start()
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
