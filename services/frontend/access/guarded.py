@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kvbaton.errors import cancelled
 from kvbaton.v1 import embed_pb2, generate_pb2, model_pb2, text_pb2
-from services.frontend.access.gate import current_admission, require_model
+from services.early_aborts import EarlyAborts
+from services.frontend.access.gate import Admission, current_admission, require_model
 from services.frontend.embedding.service import Embedding
 from services.frontend.request.api import Generation, LiveRequest
 from services.modes import EMBED, GENERATE
@@ -19,6 +21,8 @@ class GuardedGeneration:
         self._inner = inner
         # Who sent each request that lives, by its id.
         self._owners: dict[str, str] = {}
+        # By caller and id: nobody's abort may wait for another caller's request.
+        self._early_aborts = EarlyAborts()
 
     @property
     def draining(self) -> bool:
@@ -37,6 +41,7 @@ class GuardedGeneration:
     ) -> LiveRequest:
         """As `Generation`; PERMISSION_DENIED for a model that the caller may not use."""
         require_model(request.model, _served(self._inner, GENERATE))
+        self._refuse_aborted(request.request_id)
         # Also before it is accepted: it can be aborted while its prompt is being tokenized.
         self._belongs(request.request_id)
         live = await self._inner.submit(request, trace_headers)
@@ -55,10 +60,18 @@ class GuardedGeneration:
 
     def abort(self, request_id: str) -> bool:
         """As `Generation`; a request that lives under another key isn't there."""
-        admission, owner = current_admission(), self._owners.get(request_id)
-        if admission is not None and owner not in (None, admission.caller.name):
-            return False
-        return self._inner.abort(request_id)
+        admission = current_admission()
+        if admission is None or self._owners.get(request_id) == admission.caller.name:
+            return self._inner.abort(request_id)
+        self._early_aborts.remember(_own_id(admission, request_id))
+        return False
+
+    def _refuse_aborted(self, request_id: str) -> None:
+        admission = current_admission()
+        if admission is None or request_id in self._owners:
+            return  # an id that lives is refused as a duplicate, and that forgets no abort
+        if self._early_aborts.claim(_own_id(admission, request_id)):
+            raise cancelled()
 
     def _belongs(self, request_id: str) -> None:
         admission = current_admission()
@@ -78,6 +91,10 @@ class GuardedEmbedding:
         """As `Embedding`; PERMISSION_DENIED for a model that the caller may not use."""
         require_model(request.model, _served(self._generation, EMBED))
         return await self._inner.embed(request)
+
+
+def _own_id(admission: Admission, request_id: str) -> str:
+    return f"{admission.caller.name} {request_id}"  # no key's name has a space
 
 
 def _served(generation: Generation, rpc: str) -> list[str]:

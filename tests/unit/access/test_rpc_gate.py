@@ -195,6 +195,25 @@ async def test_nobody_aborts_the_request_of_another_key() -> None:
         assert caught.value.code is grpc.StatusCode.CANCELLED
 
 
+async def test_an_abort_that_came_first_waits_for_the_request_of_its_own_key() -> None:
+    class Remembering(ScriptedGeneration):
+        def abort(self, request_id: str) -> bool:
+            raise AssertionError(f"{request_id} would be remembered for whoever comes first")
+
+    async with (
+        served(Gate([key(), key("bob", BOB)]), Remembering()) as address,
+        Client(address, api_key=ALICE) as alice,
+        Client(address, api_key=BOB) as bob,
+    ):
+        assert await bob.abort("r-1") is False
+        assert (await alice.generate(token_ids=PROMPT, model=MODEL, request_id="r-1")).text == "Hello"
+        with pytest.raises(RequestError) as caught:
+            await bob.generate(token_ids=PROMPT, model=MODEL, request_id="r-1")
+        assert caught.value.code is grpc.StatusCode.CANCELLED
+        # Once.
+        assert (await bob.generate(token_ids=PROMPT, model=MODEL, request_id="r-1")).text == "Hello"
+
+
 async def test_the_commands_send_their_key_to_the_frontend_and_to_nobody_else() -> None:
     async with served(Gate([key()])) as address:
         async with ClientFlags(endpoint=address, api_key=ALICE).client() as client:
