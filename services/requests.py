@@ -261,6 +261,15 @@ def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def check_min_new(min_new_tokens: float, grammar: Grammar | None) -> None:
+    """Raises RequestError when the two contradict each other."""
+    if grammar is not None and min_new_tokens:
+        raise invalid(
+            "sampling.min_new_tokens",
+            f"{min_new_tokens:g} with a grammar, which says itself when an answer may end",
+        )
+
+
 def check_sampling(params: generate_pb2.SamplingParams, *, prompt_tokens: int, limits: Limits) -> Sampling:
     """Sampling with every default filled in. `stop` and `skip_special_tokens` are the frontend's and not looked at."""
     room_left = limits.context_length - prompt_tokens
@@ -280,10 +289,7 @@ def check_sampling(params: generate_pb2.SamplingParams, *, prompt_tokens: int, l
     if top_p == 0.0:
         raise invalid("sampling.top_p", "0 is not in (0, 1]")
     grammar = _grammar(params, limits)
-    if grammar is not None and min_new:
-        raise invalid(
-            "sampling.min_new_tokens", f"{min_new:g} with a grammar, which says itself when an answer may end"
-        )
+    check_min_new(min_new, grammar)
     repetition_penalty = _bounded(params, "repetition_penalty", 1.0, 0.0, 2.0)
     if repetition_penalty == 0.0:
         raise invalid("sampling.repetition_penalty", "0 is not in (0, 2]")

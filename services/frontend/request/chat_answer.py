@@ -59,6 +59,8 @@ class ChatAnswer:
         if self.chat.continue_final_message:
             prompt = str(self.chat.messages[-1].content or "")
             begun, over = prompt.rfind(THINK), prompt.rfind(THINK_END)
+            if begun == over and (self.reasoning.always or prompt.strip()):
+                return Thinking.CLOSED  # the answer itself goes on
         else:
             prompt = prompt.rstrip()
             begun, over = prompt.endswith(THINK), prompt.endswith(THINK_END)

@@ -17,7 +17,16 @@ from services.frontend.request.reply import ReplyFormat
 from services.frontend.router.worker import Worker
 from services.frontend.text import ChatTemplateError, InvalidMessagesError, InvalidTextError, TokenizerError
 from services.frontend.text_models import TextModel
-from services.requests import GrammarKind, Limits, Sampling, check_logprobs, check_prompt, check_sampling, check_stops
+from services.requests import (
+    GrammarKind,
+    Limits,
+    Sampling,
+    check_logprobs,
+    check_min_new,
+    check_prompt,
+    check_sampling,
+    check_stops,
+)
 
 _GRAMMAR_FIELDS = frozenset(f"sampling.{kind.value}" for kind in GrammarKind)
 
@@ -77,6 +86,7 @@ async def prepare(
     if prompt.answer is not None:
         grammar, grammar_field = prompt.answer.grammar(sampling.grammar, prompt.thinking)
         sampling = replace(sampling, grammar=grammar)
+        check_min_new(sampling.min_new_tokens, grammar)  # the grammar may be the tools'
     return PreparedRequest(
         request_id=request_id,
         model=worker.record.model.name,

@@ -375,6 +375,13 @@ async def test_a_backend_that_knows_no_sequences_is_named(tokenizer: TextTokeniz
             "",
             "a",
         ),
+        # What goes on is content: the reasoning, if there was any, isn't part of it.
+        (
+            "deepseek-r1",
+            {"messages": [ChatMessage(role="assistant", content="b")], "continue_final_message": True},
+            "",
+            "a",
+        ),
     ],
 )
 async def test_where_the_answer_begins(
@@ -384,6 +391,25 @@ async def test_where_the_answer_begins(
     assert prepared.text is not None
     delta = prepared.text.start().push(tokenizer._encode("a", False), last=True)
     assert (delta.reasoning, delta.text) == (reasoning, content)
+
+
+@pytest.mark.parametrize("parser", ["deepseek-r1", "qwen3"])
+async def test_a_grammar_holds_an_answer_that_goes_on_from_its_first_token(
+    tokenizer: TextTokenizer, parser: str
+) -> None:
+    model = Model(tokenizer, reasoning_parser=parser, grammar_backend="xgrammar")
+    messages = [USER, ChatMessage(role="assistant", content="The answer is")]
+    prepared = await model.prepare(messages=messages, continue_final_message=True, sampling=ANSWER)
+    assert prepared.sampling.grammar is not None
+    assert (prepared.sampling.grammar.kind, prepared.sampling.grammar.source) == (
+        GrammarKind.JSON_SCHEMA,
+        ANSWER.json_schema,
+    )
+
+
+async def test_a_least_length_contradicts_the_tools_grammar(hermes: Model) -> None:
+    error = await hermes.refusal(tools=TOOLS, tool_choice=REQUIRED, sampling=SamplingParams(min_new_tokens=3))
+    assert error.field == "sampling.min_new_tokens"
 
 
 async def test_prompts_that_are_no_chat_are_never_parsed(tokenizer: TextTokenizer) -> None:
