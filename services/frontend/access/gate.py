@@ -161,14 +161,19 @@ class Gate:
 def require_model(model: str, served: Iterable[str]) -> None:
     """Raises RequestError, PERMISSION_DENIED, when the current caller may not use the model.
 
-    An empty name stands for the only one that is `served`, so all of them must be the caller's.
+    An empty name stands for the only one that is `served`, so all of them must be the caller's; UNAVAILABLE while there
+    is none.
     """
     admission = _ADMISSION.get()
     if admission is None or admission.caller.key.models is None:
         return
     caller = admission.caller
     meant = {model} if model else set(served)
-    if meant and all(map(caller.may_use, meant)):
+    if not meant:
+        raise RequestError(
+            grpc.StatusCode.UNAVAILABLE, Reason.NO_WORKER, "model: missing, and no worker serves one", retry_after=1.0
+        )
+    if all(map(caller.may_use, meant)):
         return
     message = f"this API key may not use {model!r}" if model else "missing: this API key may not use every model"
     error = _refused(caller.name, Reason.MODEL_NOT_ALLOWED, f"model: {message}")

@@ -163,11 +163,19 @@ def test_models_outside_of_the_list_are_refused() -> None:
     with gate.admit(gate.identify(b"Bearer kvb-alice")):
         require_model("a", [])
         require_model("", ["a"])
-        for model, served in (("b", ["b"]), ("", ["a", "b"]), ("", []), ("unheard-of", ["a"])):
+        for model, served in (("b", ["b"]), ("", ["a", "b"]), ("unheard-of", ["a"])):
             with pytest.raises(RequestError) as caught:
                 require_model(model, served)
             assert (caught.value.code, caught.value.field) == (grpc.StatusCode.PERMISSION_DENIED, "model")
             assert caught.value.message.startswith("model: ")
+
+
+def test_while_nothing_serves_no_model_is_meant_and_none_refused() -> None:
+    gate = Gate([key(models=frozenset({"a"}))])
+    with gate.admit(gate.identify(b"Bearer kvb-alice")), pytest.raises(RequestError) as caught:
+        require_model("", [])
+    error = caught.value
+    assert (error.code, error.reason, error.retry_after) == (grpc.StatusCode.UNAVAILABLE, Reason.NO_WORKER, 1.0)
 
 
 def test_a_key_without_a_list_may_use_everything_and_so_may_nobodys_request() -> None:
