@@ -79,6 +79,8 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         entries = parse_yaml(content.decode())
     except ValueError as error:
         raise KeyFileError(f"--api-keys {path}: not YAML: {error}") from error
+    except RecursionError as error:
+        raise KeyFileError(f"--api-keys {path}: nested too deeply") from error
     return parse_keys(entries, f"--api-keys {path}")
 
 

@@ -50,11 +50,17 @@ class KeyFile:
     async def _watch(self) -> None:
         while True:
             asked = await self._wait()
-            signature = await asyncio.to_thread(_signature, self._path)
-            if asked or signature != self._seen:
-                # Of before the file was read: what is written meanwhile is found next time.
-                self._seen = signature
-                await self._read()
+            try:
+                await self._look(asked)
+            except Exception as error:  # a watcher that died would leave old keys in force, and tell nobody
+                log.error("api keys not looked at", file=str(self._path), exc_info=error)
+
+    async def _look(self, asked: bool) -> None:
+        signature = await asyncio.to_thread(_signature, self._path)
+        if asked or signature != self._seen:
+            # Of before the file was read: what is written meanwhile is found next time.
+            self._seen = signature
+            await self._read()
 
     async def _wait(self) -> bool:
         """Whether somebody asked."""

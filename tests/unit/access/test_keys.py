@@ -82,6 +82,7 @@ def test_a_mistake_is_named(fields: dict[Any, Any], complaint: str) -> None:
         ("- 7\n", "entry 1: a whole number and not a mapping"),
         ("- {name: a, name: b}\n", "not YAML: name stands there twice"),
         ("- [\n", "not YAML"),
+        ("[" * 100_000, "nested too deeply"),
         ("- !!python/object/apply:os.system [ls]\n", "not YAML"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvbaton.errors import RequestError
+from services.frontend.access import reload
 from services.frontend.access.keys import KeyFileError, as_entry, digest_of
 from services.frontend.access.reload import KeyFile
 from tests.support.waiting import eventually
@@ -106,6 +107,23 @@ async def test_it_is_read_at_once_when_asked(path: Path) -> None:
         put(path, content(alice="kvb-2"))
         file.reload()
         await soon(lambda: opens(file, "kvb-2"))
+
+
+async def test_the_file_is_watched_on_after_an_error_that_nobody_foresaw(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: Path) -> Any:
+        raise RuntimeError("unforeseen")
+
+    with capture_logs() as logs:
+        async with KeyFile(path, poll_seconds=0.02) as file:
+            with monkeypatch.context() as patch:
+                patch.setattr(reload, "read_keys", failing)
+                put(path, content(alice="kvb-2"))
+                await soon(lambda: any(line["log_level"] == ERROR for line in logs))
+            assert opens(file, "kvb-1")
+            put(path, content(alice="kvb-3", bob="kvb-4"))
+            await soon(lambda: opens(file, "kvb-3"))
 
 
 async def test_logs_name_keys_and_hold_none(path: Path) -> None:
