@@ -143,8 +143,8 @@ class Ends:
         return usage_of(
             sum(prompt[0].prompt_tokens for prompt in prompts),
             sum(end.completion_tokens for end in ends),
-            # One choice may have found what another one computed; the prompt was in the cache as far as for the first.
-            cached=sum(min(end.cached_prompt_tokens for end in prompt) for prompt in prompts),
+            # The contract says whose: the other choices may have found what the first one computed.
+            cached=sum(prompt[0].cached_prompt_tokens for prompt in prompts),
         )
 
 
