@@ -228,8 +228,9 @@ class SglangEngine:
             return
         live.aborting = True
         if not live.opened:  # its grammar may be on trial, which is no reason to wait
-            live.end_aborted("aborted before it reached the engine")
-            self._pumps[live.engine_id].cancel()
+            pump = self._pumps[live.engine_id]
+            pump.add_done_callback(lambda _: live.end_aborted("aborted before it reached the engine"))
+            pump.cancel()
             return
         asyncio.get_running_loop().call_later(
             self._options.abort_timeout_s,
