@@ -697,7 +697,7 @@ class TestGrammarRefusals:
         self, status: dict[str, None]
     ) -> None:
         abort = {"type": "abort", "message": "Aborted", **status}
-        with pytest.raises(EngineRefusedError, match="no token .* goes on") as caught:
+        with pytest.raises(EngineRefusedError, match=r"no token .* goes on") as caught:
             await outcome(chunk([5]), chunk([], abort, completion_tokens=1), grammar=self.GRAMMAR)
         assert caught.value.field == "sampling.ebnf"
         deltas = await outcome(chunk([], abort))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from services.requests import Grammar, GrammarKind
-from services.worker.engines import sglang_grammar
+from services.worker.engines import grammar_trials, sglang_grammar
 from services.worker.engines.grammar_trials import GrammarTrials, leads_nowhere, trial_socket
 from services.worker.engines.protocol import EngineRefusedError
 from services.worker.engines.sglang_child import count_min_new_tokens_without_tokenizer
@@ -205,11 +205,12 @@ class TestMinNewTokens:
 
 
 SERVER = """
-    import os, socket, sys
+    import os, socket, sys, time
     from types import SimpleNamespace
     from services.worker.engines import grammar_trials as trials
 
-    trials.DEADLINE_S = 0.5
+    trials.CPU_LIMIT_S = 0.5
+    trials.WALL_LIMIT_S = 2.0
     trials.leads_nowhere = lambda matcher, vocab_size: matcher == "nowhere"
 
     class Backend:
@@ -217,6 +218,10 @@ SERVER = """
             kind, source = key
             if source == "slow":
                 while True: pass
+            if source == "waits for a core":
+                time.sleep(1.0)
+            if source == "hangs":
+                time.sleep(60.0)
             if source == "huge":
                 return bytearray(2 * trials.MEMORY_BYTES)
             if source == "crash":
@@ -231,6 +236,8 @@ SERVER = """
 
     class Server(trials.TrialServer):
         def _build(self, vocab_size, eos_token_ids):
+            if vocab_size == 0:
+                raise RuntimeError("no vocabulary")
             assert (vocab_size, eos_token_ids) == (1000, [2])
             return Backend()
 
@@ -265,6 +272,7 @@ class TestTrials:
             ("raises", "does not compile"),
             ("nowhere", "allows no text at all"),
             ("slow", "takes more than"),
+            ("hangs", "takes more than"),
             ("huge", "takes more than"),
             ("crash", "takes more than"),
         ):
@@ -297,6 +305,41 @@ class TestTrials:
 
     async def test_without_a_server_the_engines_own_time_outs_must_do(self, tmp_path: Path) -> None:
         await GrammarTrials(tmp_path, 1000, (2,)).require(regex("anything"))
+
+    async def test_a_busy_host_refuses_nothing_that_compiles(self, server: Path) -> None:
+        await GrammarTrials(server, 1000, (2,)).require(regex("waits for a core"))
+
+    async def test_a_question_that_the_server_fails_over_is_not_its_last(self, server: Path) -> None:
+        with pytest.raises(EngineRefusedError):
+            await GrammarTrials(server, 0, (2,)).require(regex("bad"))
+        with pytest.raises(EngineRefusedError, match="not closed"):
+            await GrammarTrials(server, 1000, (2,)).require(regex("bad"))
+
+    async def test_only_answers_are_remembered_for_good(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(grammar_trials, "_SILENCE_REMEMBERED_S", 0.2)
+        trials, answers = GrammarTrials(tmp_path, 1000, (2,)), [b"garbled", b"{}", b"", b'{"refusal": "no"}']
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.write(answers.pop(0))
+            writer.close()
+
+        async def refusal() -> str:
+            try:
+                await trials.require(regex("same"))
+            except EngineRefusedError as error:
+                return str(error)
+            return ""
+
+        assert await refusal() == "", "nobody is there yet"
+        async with await asyncio.start_unix_server(answer, trial_socket(tmp_path)):
+            assert [await refusal(), await refusal()] == ["", ""]
+            assert len(answers) == 2, "each was a question"
+            assert (await refusal()).startswith("takes more than")
+            assert (await refusal()).startswith("takes more than")
+            assert len(answers) == 1
+            await asyncio.sleep(0.3)
+            assert [await refusal(), await refusal()] == ["no", "no"]
 
 
 class TestWalk:

@@ -1,7 +1,7 @@
 """Which grammars an engine may be given: tried out first where they can hurt nobody.
 
 A grammar of a few hundred bytes can take minutes and gigabytes to compile, and nothing can stop a compiler that runs
-in a scheduler. So each is compiled once in a process of its own, which ends itself at a deadline, and the engine gets
+in a scheduler. So each is compiled once in a process of its own, which ends itself at its limits, and the engine gets
 only what came through. `TrialServer` runs in a process that the first scheduler of a host forks before it loads the
 model: it shares that one's modules, has no device and no threads, and forks a child for each grammar. `GrammarTrials`
 is the host's side.
@@ -22,6 +22,7 @@ import signal
 import socket
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,16 @@ import structlog
 from services.requests import Grammar, GrammarKind
 from services.worker.engines.protocol import EngineRefusedError
 
-DEADLINE_S = 5.0
+# Of processor time, so that a busy host refuses nothing that compiles.
+CPU_LIMIT_S = 5.0
+WALL_LIMIT_S = 15.0
 MEMORY_BYTES = 1 << 30
 # Tokens that a trial lets a grammar take: enough to see one that is slow from the start.
 _STEPS = 64
 _AT_ONCE = 2
 _REMEMBERED = 4096
+# The child died without a word: the grammar's fault most likely, but not for certain.
+_SILENCE_REMEMBERED_S = 60.0
 # For a server that is itself out of breath.
 _MARGIN_S = 5.0
 # Where in xgrammar's own source an error was found.
@@ -51,6 +56,14 @@ def trial_socket(folder: Path) -> Path:
     return folder / "grammars"
 
 
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    refusal: str
+    """Why it is refused; empty if it isn't."""
+    remembered_s: float | None = None
+    """None: for good."""
+
+
 class GrammarTrials:
     """Verdicts on grammars, of one engine; remembered, and each asked for once however many requests wait for it."""
 
@@ -58,7 +71,7 @@ class GrammarTrials:
         self._socket = trial_socket(folder)
         self._header = {"vocab_size": vocab_size, "eos_token_ids": list(eos_token_ids)}
         self._slots = asyncio.Semaphore(_AT_ONCE)
-        self._verdicts: OrderedDict[bytes, asyncio.Task[str]] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, asyncio.Task[_Verdict]] = OrderedDict()
 
     async def require(self, grammar: Grammar) -> None:
         """Raises EngineRefusedError, naming the field, for a grammar that the engine is better off without."""
@@ -66,30 +79,41 @@ class GrammarTrials:
         verdict = self._verdicts.get(digest)
         if verdict is None:
             verdict = self._verdicts[digest] = asyncio.create_task(self._try(grammar), name="grammar trial")
+            verdict.add_done_callback(lambda task: self._tried(digest, task))
             while len(self._verdicts) > _REMEMBERED:
                 self._verdicts.popitem(last=False)
         self._verdicts.move_to_end(digest)
-        if refusal := await asyncio.shield(verdict):
+        if refusal := (await asyncio.shield(verdict)).refusal:
             raise EngineRefusedError(refusal, field=grammar.field)
 
-    async def _try(self, grammar: Grammar) -> str:
-        """Why it is refused; empty if it isn't."""
+    def _tried(self, digest: bytes, task: asyncio.Task[_Verdict]) -> None:
+        def forget() -> None:
+            if self._verdicts.get(digest) is task:
+                del self._verdicts[digest]
+
+        if task.cancelled() or task.exception() is not None or (seconds := task.result().remembered_s) == 0:
+            forget()
+        elif seconds is not None:
+            asyncio.get_running_loop().call_later(seconds, forget)
+
+    async def _try(self, grammar: Grammar) -> _Verdict:
         key_type = _KEY_TYPES.get(grammar.kind, grammar.kind.value)
         question = json.dumps({**self._header, "key_type": key_type, "source": grammar.source}).encode() + b"\n"
         async with self._slots:
             try:
-                async with asyncio.timeout(DEADLINE_S + _MARGIN_S):
+                async with asyncio.timeout(WALL_LIMIT_S + _MARGIN_S):
                     reader, writer = await asyncio.open_unix_connection(str(self._socket))
                     with contextlib.closing(writer):
                         writer.write(question)
                         answer = await reader.read()
-            except OSError as error:  # includes TimeoutError
-                # The engine's own time-outs stand behind this one.
+                if not answer:
+                    limits = f"{CPU_LIMIT_S:g} s or {MEMORY_BYTES >> 20} MiB"
+                    return _Verdict(f"takes more than {limits} to compile", _SILENCE_REMEMBERED_S)
+                return _Verdict(str(json.loads(answer)["refusal"]))
+            except (OSError, ValueError, LookupError, TypeError) as error:  # includes TimeoutError
+                # Let through, and tried again the next time: the engine's own time-outs stand behind this one.
                 _log.warning("grammar_not_tried", error=repr(error))
-                return ""
-        if not answer:
-            return f"takes more than {DEADLINE_S:g} s or {MEMORY_BYTES >> 20} MiB to compile"
-        return str(json.loads(answer)["refusal"])
+                return _Verdict("", remembered_s=0)
 
 
 class TrialServer:
@@ -109,8 +133,9 @@ class TrialServer:
         while True:
             connection, _ = self._listener.accept()
             with connection:
-                connection.settimeout(DEADLINE_S)
-                with contextlib.suppress(OSError, ValueError):
+                connection.settimeout(CPU_LIMIT_S)
+                # Whatever was wrong with one question, the next one is to be answered.
+                with contextlib.suppress(Exception):
                     self._answer(connection)
 
     def _answer(self, connection: socket.socket) -> None:
@@ -163,10 +188,14 @@ def leads_nowhere(matcher: Any, vocab_size: int) -> bool:
 
 
 def limit_this_process() -> None:
-    """End this process at the deadline, whatever it does then; let it have so much more memory, and one core."""
+    """End this process at its limits of time, whatever it does then; let it have so much more memory, and one core."""
     os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, DEADLINE_S)
+    for timer, ends, seconds in (
+        (signal.ITIMER_PROF, signal.SIGPROF, CPU_LIMIT_S),
+        (signal.ITIMER_REAL, signal.SIGALRM, WALL_LIMIT_S),
+    ):
+        signal.signal(ends, signal.SIG_DFL)
+        signal.setitimer(timer, seconds)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, size + MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
