@@ -89,6 +89,7 @@ class OlderServerArgs:
     disaggregation_mode: str = "null"
     page_size: int | None = None
     log_level: str = "info"
+    load_balance_method: str = "auto"
     mem_fraction_static: float | None = None
     custom_sigquit_handler: Any = None
     config_updates: list[str] = field(default_factory=list)
@@ -99,6 +100,7 @@ class OlderServerArgs:
         parser.add_argument("--disaggregation-mode", choices=["null", "prefill", "decode"], default="null")
         parser.add_argument("--page-size", type=int, default=None)
         parser.add_argument("--log-level", default="info")
+        parser.add_argument("--load-balance-method", default="auto")
         parser.add_argument("--mem-fraction-static", type=float, default=None)
 
     @classmethod
@@ -220,6 +222,15 @@ class TestFields:
         fields = forced_fields(options(Role.PREFILL, bootstrap_host="10.0.0.1", bootstrap_port=12345))
         assert (fields["host"], fields["disaggregation_bootstrap_port"]) == ("10.0.0.1", 12345)
         assert "host" not in forced_fields(options(Role.DECODE))
+
+    def test_a_prefill_leg_runs_on_the_rank_of_its_room_and_another_method_is_refused(self) -> None:
+        method = forced_fields(options(Role.PREFILL))["load_balance_method"]
+        assert method == "follow_bootstrap_room"
+        with pytest.raises(NativeArgumentError, match="--load-balance-method belongs to Baton"):
+            build("--load-balance-method", "round_robin", forced={"load_balance_method": method})
+        assert build(forced={"load_balance_method": method}).load_balance_method == method
+        for role in (Role.DECODE, Role.AGGREGATED, Role.EMBEDDING):
+            assert "load_balance_method" not in forced_fields(options(role))
 
     def test_roles(self) -> None:
         assert forced_fields(options(Role.DECODE))["disaggregation_mode"] == "decode"

@@ -138,6 +138,8 @@ def forced_fields(options: SglangOptions, kv_sockets: KvSockets | None = None) -
     if options.mode.has_bootstrap:
         fields["host"] = options.bootstrap_host.strip("[]")
         fields["disaggregation_bootstrap_port"] = options.bootstrap_port
+        # What both versions make of "auto": the decode leg and the frontend take the room for the rank.
+        fields["load_balance_method"] = "follow_bootstrap_room"
     return fields
 
 
