@@ -12,10 +12,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
+import structlog
+
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2, health_pb2
 from services.requests import Role
 from services.worker.engines.protocol import EngineDeadError, EngineDelta, EngineLoad
+
+log = structlog.get_logger()
 
 
 @dataclass(slots=True)
@@ -40,6 +44,7 @@ class LegLoads:
         self._beside: Counter[int] = Counter()
         self._asking: asyncio.Lock = asyncio.Lock()
         self._asked_at = float("-inf")
+        self._told_of_failure = False
 
     def expect(self, request: generate_pb2.GenerateRequest, *, dp_size: int, cached_tokens: int = 0) -> LegLoad:
         """A leg has come; `cached_tokens` of its prompt need not be computed, as far as its sender knows."""
@@ -65,8 +70,13 @@ class LegLoads:
             if clock() - self._asked_at < older_than:
                 return
             # An engine that is still loading, frozen or dead says nothing new.
-            with contextlib.suppress(TimeoutError, EngineDeadError, RequestError):
-                self._engine_says(await loads())
+            try:
+                with contextlib.suppress(TimeoutError, EngineDeadError, RequestError):
+                    self._engine_says(await loads())
+            except Exception:  # one report that fails must not end all further ones
+                if not self._told_of_failure:
+                    self._told_of_failure = True
+                    log.exception("engine_load_not_read")
             self._asked_at = clock()
 
     def ranks(self) -> list[health_pb2.RankLoad]:

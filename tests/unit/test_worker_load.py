@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import structlog
+
 from kvbaton.v1 import generate_pb2
 from services.requests import Role
 from services.worker.engines.protocol import EngineDeadError, EngineDelta, EngineFinish, EngineLoad, Finish
@@ -110,3 +112,20 @@ async def test_sessions_share_what_the_engine_said_and_a_dead_one_changes_nothin
     await asyncio.gather(*(loads.ask_engine(says, older_than=10.0) for _ in range(5)))
     assert len(asked) == 1
     assert loads.ranks() == []
+
+
+async def test_what_fails_unexpectedly_is_logged_once_and_asked_again() -> None:
+    loads, failing = LegLoads(Role.DECODE), True
+
+    async def says() -> list[EngineLoad]:
+        if failing:
+            raise ValueError("half a snapshot")
+        return [EngineLoad(0, 0, 0, used_tokens=300, total_tokens=1000)]
+
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            await loads.ask_engine(says, older_than=0.0)
+    assert [each["event"] for each in logs] == ["engine_load_not_read"]
+    failing = False
+    await loads.ask_engine(says, older_than=0.0)
+    assert load(loads)[2] == 300
