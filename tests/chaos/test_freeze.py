@@ -149,7 +149,9 @@ async def test_the_oracle_notices_pages_that_are_used_again_under_a_write(proces
             async with Others(client).running() as others:
                 await others.more(CONCURRENCY)
                 processes.signal("frozen", signal.SIGCONT)
-                await others.more(8 * CONCURRENCY)
+                # On a busy machine the thawed worker may be late; the first wrong answer ends it.
+                for _ in range(6):
+                    await others.more(8 * CONCURRENCY)
 
         with pytest.raises(ExceptionGroup) as caught:
             await others_while_it_thaws()
