@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2 as grpc_health_pb2
 from grpc_health.v1 import health_pb2_grpc as grpc_health_pb2_grpc
 
-from kvbaton.client import SamplingParams
+from kvbaton.client import Answer, SamplingParams
 from kvbaton.errors import Reason, RequestError
 from services.requests import Role
 from tests.support.cluster import FakeCluster, HostedWorker
@@ -128,11 +128,15 @@ async def test_a_models_full_queue_holds_no_other_model_up(
 ) -> None:
     async with cluster_with(etcd_endpoint, model_folder, max_queued_requests=2) as cluster:
         workers = await start_three(cluster, marking_folder, behaviour=Behaviour(hang=True), window=1)
-        stuck = [
-            asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY, model="pair"))
-            for _ in range(3)
-        ]
-        await eventually(lambda: cluster.frontend.generation.live_requests == 3 and workers["pair"].engine.live)
+
+        def sent() -> asyncio.Task[Answer]:
+            return asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY, model="pair"))
+
+        # The first one waits in the queue, too, until its credit is there.
+        stuck = [sent()]
+        await eventually(lambda: workers["pair"].engine.live)
+        stuck += [sent(), sent()]
+        await eventually(lambda: cluster.frontend.generation.live_requests == 3)
         await asyncio.sleep(0.2)
         error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY, model="pair"))
         assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL)
