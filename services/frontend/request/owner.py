@@ -210,8 +210,6 @@ class RequestOwner:
         ticket.deliver_to(lambda result: self._events.put_nowait(_FromQueue(ticket, result)))
         while True:
             item = await self._next_event()
-            if isinstance(item, _End):
-                raise _Ended(item.error)
             if isinstance(item, _FromQueue) and item.ticket is ticket:
                 if isinstance(item.result, RequestError):
                     raise item.result
@@ -225,9 +223,7 @@ class RequestOwner:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._retry.pause()):
                 while True:
-                    item = await self._events.get()
-                    if isinstance(item, _End):
-                        raise _Ended(item.error)
+                    await self._event()
 
     def _dispatch(self, placement: Placement) -> None:
         self._state.take(Step.PAIR_CHOSEN)
@@ -254,8 +250,6 @@ class RequestOwner:
         """Until the answer is complete. Raises the attempt's error, or _Ended."""
         while True:
             item = await self._next_event()
-            if isinstance(item, _End):
-                raise _Ended(item.error)
             if isinstance(item, _FromQueue) or item.attempt is not self._attempt:
                 continue  # an earlier attempt's legs still say goodbye
             if isinstance(item.event, LegFailed):
@@ -282,9 +276,7 @@ class RequestOwner:
         try:
             async with asyncio.timeout(PREFILL_END_TIMEOUT):
                 while not attempt.hand_over.settled:
-                    item = await self._events.get()
-                    if isinstance(item, _End):
-                        raise _Ended(item.error)
+                    item = await self._event()
                     if isinstance(item, _FromQueue) or item.attempt is not attempt or item.role is not Role.PREFILL:
                         continue
                     if isinstance(item.event, LegFailed):
@@ -318,11 +310,19 @@ class RequestOwner:
         output = self.answer.take(event)
         return output if output.token_ids or output.finished is not None else None
 
-    async def _next_event(self) -> _FromLeg | _FromQueue | _End:
+    async def _next_event(self) -> _FromLeg | _FromQueue:
+        """Within the request's deadlines. Raises RequestError where one passes, and _Ended."""
         if not self._events.empty():
-            return self._events.get_nowait()
+            return await self._event()
         try:
             async with asyncio.timeout(self._clock.remaining()):
-                return await self._events.get()
+                return await self._event()
         except TimeoutError:
             raise self._clock.expired() from None
+
+    async def _event(self) -> _FromLeg | _FromQueue:
+        """Raises _Ended where somebody ends the request."""
+        item = await self._events.get()
+        if isinstance(item, _End):
+            raise _Ended(item.error)
+        return item
