@@ -11,23 +11,10 @@ from typing import Literal, NotRequired
 import orjson
 from typing_extensions import TypedDict
 
-from kvbaton.errors import RequestError
-from services.frontend.edge.answer import (
-    Answer,
-    BodyWriter,
-    Choice,
-    Ends,
-    EventWriter,
-    FinishWord,
-    Usage,
-    UsageEvents,
-    usage_of,
-)
-from services.frontend.edge.errors import error_body
+from services.frontend.edge.answer import Answer, FinishWord, Usage, UsageEvents
+from services.frontend.edge.choices import Choice, ChoicesBody, ChoicesEvents
 from services.frontend.edge.logprobs import ChatLogprobs, chat_logprobs
-from services.frontend.edge.wire import DONE, event
 from services.frontend.request.api import Output, ToolCallDelta
-from services.requests import TokenLogprob
 
 
 class Function(TypedDict):
@@ -123,20 +110,13 @@ class ChatCompletionChunk(TypedDict):
     usage: NotRequired[Usage | None]
 
 
-class ChatBody(BodyWriter):
+class ChatBody(ChoicesBody):
     """The whole answer. `with_logprobs` says whether they were asked for."""
 
     def __init__(self, answer: Answer, choices: int, *, with_logprobs: bool) -> None:
+        super().__init__(1, choices)
         self._answer = answer
         self._with_logprobs = with_logprobs
-        self._choices = [Choice() for _ in range(choices)]
-        self._ends = Ends(prompts=1, per_prompt=choices)
-
-    def take(self, output: Output) -> None:
-        """See `BodyWriter`."""
-        self._choices[output.index].take(output)
-        if output.finished is not None:
-            self._ends.put(output.index, output.finished)
 
     def body(self) -> bytes:
         """See `BodyWriter`."""
@@ -163,73 +143,29 @@ class ChatBody(BodyWriter):
         )
 
 
-class ChatEvents(EventWriter):
+class ChatEvents(ChoicesEvents):
     """The stream. Every choice opens with its first news and ends with an event of its own."""
 
     def __init__(self, answer: Answer, choices: int, usage: UsageEvents) -> None:
+        super().__init__(1, choices, usage)
         self._answer = answer
-        self._usage = usage
         self._opened = [False] * choices
-        self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(choices)]
-        self._tokens = [0] * choices
-        self._prompt_tokens = 0
-        self._ends = Ends(prompts=1, per_prompt=choices)
 
-    def prompt(self, position: int, tokens: int) -> None:
-        """See `EventWriter`."""
-        self._prompt_tokens = tokens
-
-    def events(self, output: Output) -> bytes:
-        """See `EventWriter`."""
+    def _news(self, output: Output) -> bytes:
         index, finished = output.index, output.finished
-        self._tokens[index] += len(output.token_ids)
-        if finished is not None:
-            self._ends.put(index, finished)
-            self._tokens[index] = finished.completion_tokens
-        self._logprobs[index] += output.logprobs
         written = b""
         for delta in _deltas(output):
             if not self._opened[index]:
                 written += self._opening(index, delta)
-            written += self._event(index, delta)
+            written += self._with_logprobs(index, delta)
         if finished is not None:
             if not self._opened[index]:
                 written += self._opening(index, ChatDelta(content=""))
-            written += self._event(index, ChatDelta(), finished.reason.value)
+            written += self._with_logprobs(index, ChatDelta(), finished.reason.value)
         return written
 
-    def closing(self) -> bytes:
-        """See `EventWriter`."""
-        self._ends.all()
-        if not self._usage.at_end:
-            return DONE
-        return event(self._chunk([]) | {"usage": self._ends.usage()}) + DONE
-
-    def failed(self, error: RequestError) -> bytes:
-        """See `EventWriter`. The error is the last event; there is no [DONE]."""
-        return event(error_body(error))
-
-    def _opening(self, index: int, first: ChatDelta) -> bytes:
-        """The event that says who speaks. What begins without text may never have any: null, as in the whole answer."""
-        self._opened[index] = True
-        content = "" if "content" in first else None
-        return self._written(index, ChatDelta(role="assistant", content=content, refusal=None), None, None)
-
-    def _event(self, index: int, delta: ChatDelta, reason: FinishWord | None = None) -> bytes:
-        """With the log probabilities of all tokens since the choice's last event: text may lag behind tokens."""
-        logprobs = self._logprobs[index]
-        if logprobs:
-            self._logprobs[index] = []
-        return self._written(index, delta, chat_logprobs(logprobs) if logprobs else None, reason)
-
-    def _written(self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, reason: FinishWord | None) -> bytes:
-        body = self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)])
-        if self._usage.always:
-            body["usage"] = usage_of(self._prompt_tokens, self._tokens[index])
-        return event(body)
-
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
-        body = ChatCompletionChunk(
+        return ChatCompletionChunk(
             id=self._answer.id,
             object="chat.completion.chunk",
             created=self._answer.created,
@@ -237,9 +173,19 @@ class ChatEvents(EventWriter):
             choices=choices,
             system_fingerprint=None,
         )
-        if self._usage.at_end:
-            body["usage"] = None
-        return body
+
+    def _opening(self, index: int, first: ChatDelta) -> bytes:
+        """The event that says who speaks. What begins without text may never have any: null, as in the whole answer."""
+        self._opened[index] = True
+        content = "" if "content" in first else None
+        return self._written(index, ChatDelta(role="assistant", content=content, refusal=None), None, None)
+
+    def _with_logprobs(self, index: int, delta: ChatDelta, reason: FinishWord | None = None) -> bytes:
+        logprobs = self._take_logprobs(index)
+        return self._written(index, delta, chat_logprobs(logprobs) if logprobs else None, reason)
+
+    def _written(self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, reason: FinishWord | None) -> bytes:
+        return self._event(index, ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason))
 
 
 def _message(choice: Choice) -> AssistantMessage:
