@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self, TypeAlias
 
 from kvbaton.errors import RequestError
-from kvbaton.v1 import generate_pb2
+from kvbaton.v1 import generate_pb2, session_pb2
 from services.frontend.link.load import LegShare
 from services.requests import TokenLogprob
+
+# How a leg's tokens come: on a stream of their own, or among those of other legs.
+LegMessage: TypeAlias = generate_pb2.GenerateResponse | session_pb2.LegUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,11 @@ class LegTokens:
     token_ids: list[int]
     logprobs: Sequence[TokenLogprob] = ()
 
+    @classmethod
+    def of(cls, wire: LegMessage) -> Self:
+        """What a worker says."""
+        return cls(list(wire.token_ids), _logprobs(wire))
+
 
 @dataclass(frozen=True, slots=True)
 class LegFinished:
@@ -33,12 +41,21 @@ class LegFinished:
     finished: generate_pb2.Finished
     logprobs: Sequence[TokenLogprob] = ()
 
+    @classmethod
+    def of(cls, wire: LegMessage) -> Self:
+        """What a worker says last."""
+        return cls(list(wire.token_ids), wire.finished, _logprobs(wire))
+
 
 @dataclass(frozen=True, slots=True)
 class LegFailed:
     """The bad end of a leg."""
 
     error: RequestError
+
+
+def _logprobs(wire: LegMessage) -> tuple[TokenLogprob, ...]:
+    return tuple(map(TokenLogprob.from_proto, wire.logprobs))
 
 
 LegEvent = LegAccepted | LegTokens | LegFinished | LegFailed

@@ -23,7 +23,6 @@ from services.frontend.link.load import LegShare, WorkerLoad
 from services.frontend.link.outgoing import Outgoing
 from services.frontend.link.proof import RELEASE_DEADLINE, prove_ended
 from services.frontend.link.protocol import Credit, LegAccepted, LegFailed, LegFinished, LegSink, LegTokens
-from services.requests import TokenLogprob
 
 log = structlog.get_logger()
 
@@ -309,15 +308,11 @@ class SessionLeg:
         if last:
             self._failed = True
             self._end_share()
-            self._sink(LegFinished(list(update.token_ids), update.finished, _logprobs(update)))
+            self._sink(LegFinished.of(update))
         elif update.token_ids:
-            self._sink(LegTokens(list(update.token_ids), _logprobs(update)))
+            self._sink(LegTokens.of(update))
         return last
 
     def _end_share(self) -> None:
         if self._share is not None:
             self._share.end()
-
-
-def _logprobs(update: session_pb2.LegUpdate) -> tuple[TokenLogprob, ...]:
-    return tuple(map(TokenLogprob.from_proto, update.logprobs))

@@ -22,7 +22,6 @@ from services.frontend.link.protocol import (
     LegSink,
     LegTokens,
 )
-from services.requests import TokenLogprob
 
 # Seconds for the Abort call itself, and for the stream to end after it; then the call is cancelled from our side.
 ABORT_CALL_TIMEOUT = 2.0
@@ -170,9 +169,9 @@ class StreamLeg:
             async for response in self._call:
                 if response.HasField("finished"):
                     finished = True
-                    self._sink(LegFinished(list(response.token_ids), response.finished, _logprobs(response)))
+                    self._sink(LegFinished.of(response))
                 else:
-                    self._sink(LegTokens(list(response.token_ids), _logprobs(response)))
+                    self._sink(LegTokens.of(response))
             if not finished:
                 self._fail(RequestError(grpc.StatusCode.INTERNAL, Reason.LEG_ENDED_EARLY, "the stream ended early"))
         except grpc.aio.AioRpcError as error:
@@ -220,7 +219,3 @@ def unreachable(error: RequestError) -> RequestError:
     if error.reason is Reason.UNTYPED and error.code is grpc.StatusCode.UNAVAILABLE:
         error.reason, error.retry_after = Reason.WORKER_UNREACHABLE, 1.0
     return error
-
-
-def _logprobs(response: generate_pb2.GenerateResponse) -> tuple[TokenLogprob, ...]:
-    return tuple(map(TokenLogprob.from_proto, response.logprobs))
