@@ -121,7 +121,7 @@ async def test_heartbeats_come_without_news(raw: RawSession, worker: HostedWorke
 
 
 async def test_many_legs_share_messages_and_each_is_whole(raw: RawSession, worker: HostedWorker) -> None:
-    worker.engine.behaviour.token_seconds = 0.01
+    worker.engine.behaviour.token_seconds, worker.engine.behaviour.in_step = 0.05, True
     await raw.open(worker)
     await raw.have(32)
     for leg in range(1, 33):

@@ -60,6 +60,8 @@ class Behaviour:
     """What the engine does wrong, or slowly; may be changed while it runs. Times in seconds."""
 
     token_seconds: float = 0.0
+    in_step: bool = False
+    """All requests get their tokens at the same moments, as from an engine's batch."""
     prefill_seconds: float = 0.0
     abort_message: str = ""
     """Non-empty: every request ends at once with Finish.ABORT and this message."""
@@ -181,7 +183,7 @@ class FakeEngine:
             tokens, count = tokens[:1], 1
         for index, token in enumerate(tokens, start=1):
             if self.behaviour.token_seconds:
-                await _wait(stop, self.behaviour.token_seconds)
+                await _wait(stop, self._token_delay())
             if stop.is_set():
                 self._raise_if_dead()
                 yield EngineDelta([], EngineFinish(Finish.ABORT, message="aborted"))
@@ -195,6 +197,10 @@ class FakeEngine:
                     completion_tokens=count,
                 )
             yield EngineDelta([token], finish)
+
+    def _token_delay(self) -> float:
+        seconds = self.behaviour.token_seconds
+        return seconds - asyncio.get_running_loop().time() % seconds if self.behaviour.in_step else seconds
 
     async def _meet(self, room: int, stop: asyncio.Event) -> None:
         mine, other = self.rooms.arrived[room], self.rooms.fetched[room]
