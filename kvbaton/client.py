@@ -24,6 +24,7 @@ import grpc
 import grpc.aio
 
 from kvbaton.errors import RequestError, invalid
+from kvbaton.token_ids import pack
 from kvbaton.v1 import (
     embed_pb2,
     embed_pb2_grpc,
@@ -383,7 +384,7 @@ def _request(
         raise invalid(f"chat.{fields[0][0].name}", "only with a chat")
     if text is not None:
         return GenerateRequest(text=text)
-    return GenerateRequest(token_ids=generate_pb2.TokenIds(ids=token_ids or ()))
+    return GenerateRequest(token_ids=pack(token_ids or ()))
 
 
 def _chat_options(
@@ -416,7 +417,7 @@ def _tool(tool: Mapping[str, Any]) -> Tool:
 def _embed_input(value: str | Iterable[int]) -> embed_pb2.EmbedInput:
     if isinstance(value, str):
         return embed_pb2.EmbedInput(text=value)
-    return embed_pb2.EmbedInput(token_ids=generate_pb2.TokenIds(ids=value))
+    return embed_pb2.EmbedInput(token_ids=pack(value))
 
 
 def _numbers(float32: bytes) -> list[float]:

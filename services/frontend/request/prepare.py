@@ -26,6 +26,7 @@ from services.requests import (
     check_prompt,
     check_sampling,
     check_stops,
+    sent_tokens,
 )
 
 _GRAMMAR_FIELDS = frozenset(f"sampling.{kind.value}" for kind in GrammarKind)
@@ -161,7 +162,7 @@ def _without_length(params: generate_pb2.SamplingParams) -> generate_pb2.Samplin
 async def _prompt(request: generate_pb2.GenerateRequest, worker: Worker, limits: Limits) -> _Prompt:
     match request.WhichOneof("input"):
         case "token_ids":
-            return _Prompt(request.token_ids.ids, "token_ids")
+            return _Prompt(sent_tokens(request.token_ids), "token_ids")
         case "text":
             if not request.text:
                 raise invalid("text", "the prompt is empty")
