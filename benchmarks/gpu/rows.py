@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,6 +25,8 @@ class Round:
 
     results: Results
     samples: list[Sample] = field(default_factory=list[Sample])
+    began: float = field(default_factory=time.time)
+    """Seconds since the epoch, to find the same moment in a log."""
 
     def slow_gaps(self) -> list[tuple[float, int, int, float]]:
         """Of tokens that came late: seconds since the round began, request, token in it, seconds since the last one."""
@@ -101,6 +104,7 @@ def write_times(measured: Sequence[Measured], path: Path) -> None:
             "load": each.load,
             "system": each.system,
             "round": number,
+            "began": turn.began,
             "slow_gaps": turn.slow_gaps(),
             "requests": turn.times(),
         }
