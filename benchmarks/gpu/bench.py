@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -51,13 +52,15 @@ QUICK = (Load(64, 8, requests=4, concurrency=1), Load(64, 8, requests=12, concur
 async def main(parsed: argparse.Namespace) -> int:
     """The exit status: 1 when a request failed."""
     out: Path = parsed.out
-    loads = [load for load in (QUICK if parsed.quick else LOADS) if parsed.loads in load.name]
+    loads = [load for load in (QUICK if parsed.quick else LOADS) if re.search(parsed.loads, load.name)]
     async with contextlib.AsyncExitStack() as stack:
         systems: list[System] = []
         for name in parsed.systems.split(","):
             began = time.monotonic()
             systems += await stack.enter_async_context(_started(name, parsed, out, len(systems)))
             print(f"{name}: up after {time.monotonic() - began:.0f} s", flush=True)
+        # Two ways to the same engines: the second one would find the first one's prompts in the prefix cache.
+        shared = {"workers": " again"}
         for system in systems:
             for load in loads:  # every shape of batch once
                 warm = Load(load.input_tokens, 4, requests=2 if not load.rate else 8, concurrency=load.concurrency or 8)
@@ -66,7 +69,7 @@ async def main(parsed: argparse.Namespace) -> int:
         for number in range(parsed.rounds):
             for load in loads:
                 for system in systems if number % 2 == 0 else reversed(systems):
-                    turn = await run(load, system, f"round {number}")
+                    turn = await run(load, system, f"round {number}{shared.get(system.name, '')}")
                     measured[load.name, system.name].rounds.append(turn)
                     for outcome, example in turn.results.examples.items():
                         print(f"{system.name} {load.name}: {outcome}: {example}", flush=True)
@@ -152,7 +155,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--systems", default="baton,bare", help="of baton, bare, baton-agg, bare-agg, in this order")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--loads", default="", help="only those that have this in their name")
+    parser.add_argument("--loads", default="", help="only those whose names this regular expression is found in")
     parser.add_argument("--workers", action="store_true", help="also Baton's workers, asked without the frontend")
     parser.add_argument("--quick", action="store_true", help="two small loads, to see that it runs")
     parser.add_argument("--device", default="cuda")
