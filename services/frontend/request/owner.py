@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 import grpc
 import structlog
@@ -22,6 +21,7 @@ from services.frontend.request.answer import Answer
 from services.frontend.request.api import Output
 from services.frontend.request.attempt import PREFILL_END_TIMEOUT, Attempt
 from services.frontend.request.deadlines import DeadlineClock, Deadlines
+from services.frontend.request.events import End, EndedError, FromLeg, FromQueue, Progress
 from services.frontend.request.outbox import Outbox
 from services.frontend.request.prepare import PreparedRequest
 from services.frontend.request.retry import RetryPolicy
@@ -32,54 +32,6 @@ from services.frontend.router.policies.policy import Prompt
 from services.requests import Role
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """Somebody other than the legs ends the request: the client, or a shutdown."""
-
-    error: RequestError
-
-
-class _Ended(Exception):  # noqa: N818, not an error of its own
-    """Carries an `_End` out; no RequestError, so that no retry takes it for an attempt's failure."""
-
-    def __init__(self, error: RequestError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-@dataclass(frozen=True, slots=True)
-class _FromLeg:
-    """What a leg of some attempt says."""
-
-    attempt: Attempt
-    role: Role
-    event: LegEvent
-
-
-@dataclass(frozen=True, slots=True)
-class _FromQueue:
-    """Workers, or that there will be none."""
-
-    ticket: Ticket
-    result: Placement | RequestError
-
-
-class Progress(Protocol):
-    """Whom an owner tells how far it has come."""
-
-    def choice_prefilled(self) -> None:
-        """The prompt has been computed; more than once."""
-        ...
-
-    def choice_failed(self, error: RequestError) -> None:
-        """There will be no answer; its legs are being ended."""
-        ...
-
-    def choice_ended(self) -> None:
-        """Every leg is gone; the last call."""
-        ...
 
 
 class RequestOwner:
@@ -113,7 +65,7 @@ class RequestOwner:
         self._retry = RetryPolicy(retries)
         self._trace = trace
         self._state = RequestState()
-        self._events: asyncio.Queue[_FromLeg | _FromQueue | _End] = asyncio.Queue()
+        self._events: asyncio.Queue[FromLeg | FromQueue | End] = asyncio.Queue()
         self._outbox = outbox
         self._attempt: Attempt | None = None
         self._closing: list[asyncio.Task[None]] = []
@@ -156,12 +108,12 @@ class RequestOwner:
 
     def end(self, error: RequestError) -> None:
         """Ends both legs; the request then fails with the error. Without effect on one that has ended."""
-        self._events.put_nowait(_End(error))
+        self._events.put_nowait(End(error))
 
     async def _own(self) -> None:
         try:
             await self._run()
-        except _Ended as ended:
+        except EndedError as ended:
             self._fail(ended.error)
         except RequestError as error:
             self._fail(error)
@@ -205,12 +157,12 @@ class RequestOwner:
                 await self._pause()
 
     async def _placed(self, ticket: Ticket) -> Placement:
-        """Waits for workers. Raises RequestError, and _Ended as all that waits does."""
+        """Waits for workers. Raises RequestError, and EndedError as all that waits does."""
         ticket.describe(Prompt(self._prepared.token_ids))
-        ticket.deliver_to(lambda result: self._events.put_nowait(_FromQueue(ticket, result)))
+        ticket.deliver_to(lambda result: self._events.put_nowait(FromQueue(ticket, result)))
         while True:
             item = await self._next_event()
-            if isinstance(item, _FromQueue) and item.ticket is ticket:
+            if isinstance(item, FromQueue) and item.ticket is ticket:
                 if isinstance(item.result, RequestError):
                     raise item.result
                 return item.result
@@ -219,7 +171,7 @@ class RequestOwner:
         return self._queue.enter_again(self._ticket, excluded)
 
     async def _pause(self) -> None:
-        """A moment before the next attempt. Raises _Ended."""
+        """A moment before the next attempt. Raises EndedError."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._retry.pause()):
                 while True:
@@ -244,13 +196,13 @@ class RequestOwner:
         self._attempt = None
 
     def _from_leg(self, attempt: Attempt, role: Role, event: LegEvent) -> None:
-        self._events.put_nowait(_FromLeg(attempt, role, event))
+        self._events.put_nowait(FromLeg(attempt, role, event))
 
     async def _follow(self) -> None:
-        """Until the answer is complete. Raises the attempt's error, or _Ended."""
+        """Until the answer is complete. Raises the attempt's error, or EndedError."""
         while True:
             item = await self._next_event()
-            if isinstance(item, _FromQueue) or item.attempt is not self._attempt:
+            if isinstance(item, FromQueue) or item.attempt is not self._attempt:
                 continue  # an earlier attempt's legs still say goodbye
             if isinstance(item.event, LegFailed):
                 raise item.event.error
@@ -271,13 +223,13 @@ class RequestOwner:
     async def _settle_hand_over(self, attempt: Attempt) -> None:
         """A short answer may be complete before prefill's token is here; without the comparison it proves nothing.
 
-        Raises RequestError when the tokens differ, and _Ended.
+        Raises RequestError when the tokens differ, and EndedError.
         """
         try:
             async with asyncio.timeout(PREFILL_END_TIMEOUT):
                 while not attempt.hand_over.settled:
                     item = await self._event()
-                    if isinstance(item, _FromQueue) or item.attempt is not attempt or item.role is not Role.PREFILL:
+                    if isinstance(item, FromQueue) or item.attempt is not attempt or item.role is not Role.PREFILL:
                         continue
                     if isinstance(item.event, LegFailed):
                         log.warning("prefill failed behind its answer", request_id=self.request_id)
@@ -310,8 +262,8 @@ class RequestOwner:
         output = self.answer.take(event)
         return output if output.token_ids or output.finished is not None else None
 
-    async def _next_event(self) -> _FromLeg | _FromQueue:
-        """Within the request's deadlines. Raises RequestError where one passes, and _Ended."""
+    async def _next_event(self) -> FromLeg | FromQueue:
+        """Within the request's deadlines. Raises RequestError where one passes, and EndedError."""
         if not self._events.empty():
             return await self._event()
         try:
@@ -320,9 +272,9 @@ class RequestOwner:
         except TimeoutError:
             raise self._clock.expired() from None
 
-    async def _event(self) -> _FromLeg | _FromQueue:
-        """Raises _Ended where somebody ends the request."""
+    async def _event(self) -> FromLeg | FromQueue:
+        """Raises EndedError where somebody ends the request."""
         item = await self._events.get()
-        if isinstance(item, _End):
-            raise _Ended(item.error)
+        if isinstance(item, End):
+            raise EndedError(item.error)
         return item
