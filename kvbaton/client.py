@@ -209,6 +209,7 @@ class Client:
         separate_reasoning: bool | None = None,
         n: int | None = None,
         logprobs: int | None = None,
+        allow_inexact_migration: bool | None = None,
         timeout: float | None = None,
         trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[GenerateResponse]:
@@ -216,8 +217,8 @@ class Client:
 
         Beside a chat: `tools` and `tool_choice` ("auto", "none", "required" or a function's name),
         `parallel_tool_calls`, `template_arguments`, `separate_reasoning`, as in `ChatInput`. `n` choices; `logprobs`
-        asks for each token's log probability and those of so many likely ones. `trace_headers` are the caller's W3C
-        trace context: `traceparent`, `tracestate`.
+        asks for each token's log probability and those of so many likely ones. `allow_inexact_migration`: see
+        `GenerateRequest`. `trace_headers` are the caller's W3C trace context: `traceparent`, `tracestate`.
 
         Leaving the iterator early cancels the request. Raises RequestError.
         """
@@ -228,6 +229,8 @@ class Client:
             request.n = n
         if logprobs is not None:
             request.logprobs = logprobs
+        if allow_inexact_migration is not None:
+            request.allow_inexact_migration = allow_inexact_migration
         if sampling is not None:
             request.sampling.CopyFrom(sampling)
         if bootstrap is not None:
@@ -259,6 +262,7 @@ class Client:
         separate_reasoning: bool | None = None,
         n: int | None = None,
         logprobs: int | None = None,
+        allow_inexact_migration: bool | None = None,
         timeout: float | None = None,
         trace_headers: Mapping[str, str] | None = None,
     ) -> Answer:
@@ -279,6 +283,7 @@ class Client:
             separate_reasoning=separate_reasoning,
             n=n,
             logprobs=logprobs,
+            allow_inexact_migration=allow_inexact_migration,
             timeout=timeout,
             trace_headers=trace_headers,
         ):

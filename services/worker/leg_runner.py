@@ -124,6 +124,8 @@ class LegRunner:
             raise invalid("priority", "requests wait for their turn in the frontend, not here")
         if request.HasField("n"):
             raise invalid("n", "a worker gives one answer; the frontend makes several requests of one")
+        if request.HasField("allow_inexact_migration"):
+            raise invalid("allow_inexact_migration", "a worker's request goes nowhere else; the frontend's may")
         for hint in ("prefill_worker", "decode_worker"):
             if getattr(request, hint):
                 raise invalid(hint, "the frontend chooses workers; this is one already")

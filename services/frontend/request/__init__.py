@@ -9,7 +9,8 @@
 - `events`: what an owner hears, and whom it tells
 - `states`: the states of a request and every allowed step between them
 - `attempt`: one attempt: both legs on one pair, and how they are ended
-- `retry`: which failures another pair may cure
+- `retry`: which failures other workers may cure
+- `migration`: how an answer goes on elsewhere behind its first token
 - `answer`: tokens in, outputs out, times of the phases
 - `outbox`: outputs that the client has not taken yet, bounded
 - `deadlines`: how long each phase may take

@@ -154,6 +154,10 @@ class HandOver:
         self._prefill: int | None = None
         self._decode: int | None = None
 
+    def give_up(self) -> None:
+        """There will be nothing to compare with."""
+        self._expected = False
+
     @property
     def settled(self) -> bool:
         """Whether both tokens were compared, or there is no hand-over."""

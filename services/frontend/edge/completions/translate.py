@@ -53,6 +53,7 @@ def _call(
         model=body.model,
         sampling=sampling_params(body, max_tokens, grammar),
         priority=body.priority,
+        allow_inexact_migration=body.allow_inexact_migration,
         n=body.n,
         logprobs=body.logprobs,
     )
