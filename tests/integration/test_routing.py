@@ -267,6 +267,13 @@ async def test_under_direct_a_request_without_a_name_is_refused(clusters: Cluste
     assert finished.prefill_worker == prefill.instance_id
 
 
+@pytest.mark.parametrize("roles", [(Role.PREFILL, Role.DECODE), (Role.AGGREGATED,)])
+async def test_a_probe_needs_no_names_under_direct(clusters: Clusters, roles: tuple[Role, ...]) -> None:
+    cluster = await clusters.start(RoutingFlags(prefill_policy="direct", decode_policy="direct"))
+    await workers(cluster, *roles)
+    assert await cluster.client.probe() > 0
+
+
 @pytest.mark.parametrize("field", ["prefill_worker", "decode_worker"])
 async def test_a_worker_refuses_names_of_workers(cluster: FakeCluster, field: str) -> None:
     worker = await cluster.start_worker(Role.AGGREGATED)

@@ -26,6 +26,8 @@ class Chooser:
 
     def require_hints(self, hints: Hints, targets: Sequence[Target]) -> None:
         """Raises RequestError where a policy needs a name that is missing; `targets` could serve the request."""
+        if hints.optional:
+            return
         if self._policies.decode.needs_hint and not hints.decode:
             raise required("decode_worker")
         if self._policies.prefill.needs_hint and not hints.prefill and not all(each.aggregated for each in targets):
