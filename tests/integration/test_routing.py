@@ -95,8 +95,8 @@ async def workers(cluster: FakeCluster, *roles: Role, dp_size: int = 1, **option
 async def index_is_exact(cluster: FakeCluster) -> None:
     kv = cluster.frontend.kv
     assert kv is not None
-    caching = [worker for worker in cluster.frontend.workers.all() if worker.role is not Role.DECODE]
-    await eventually(lambda: all(kv.exact(worker.instance_id) for worker in caching), what="an exact index")
+    caches = [rank.cache.worker for worker in cluster.frontend.workers.all() for rank in worker.ranks if rank.cache]
+    await eventually(lambda: all(map(kv.exact, caches)), what="an exact index")
 
 
 async def where_prefixes_are_known(cluster: FakeCluster, count: int) -> None:

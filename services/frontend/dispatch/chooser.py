@@ -95,5 +95,5 @@ def _choose(
 def _share(rank: WorkerRank, prompt: Prompt, cached: int) -> LegShare:
     """From now on the leg counts as the worker's load. A decode worker computes no prompts."""
     tokens = len(prompt.token_ids)
-    computed = max(0, tokens - cached) if rank.keeps_prefixes else 0
+    computed = max(0, tokens - cached) if rank.cache is not None else 0
     return LegShare(rank.worker.load, rank.dp_rank, prefill_tokens=computed, kv_tokens=tokens, cached=cached)
