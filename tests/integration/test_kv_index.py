@@ -166,7 +166,8 @@ async def test_a_worker_restarts_with_nothing(caches: Caches) -> None:
             old = caches.workers["a"]
             await caches.start("a")
             kv.workers_changed()
-            assert {holder.worker for holder in kv.index.pages()} <= {caches.workers["b"].owner}, "the old incarnation's pages are gone"
+            left = {holder.worker for holder in kv.index.pages()}
+            assert left <= {caches.workers["b"].owner}, "the old incarnation's pages are gone"
             await caches.more(60)
             await old.stop()
         await caches.ends_exact(kv)
