@@ -180,6 +180,7 @@ class Limits:
     vocab_size: int
     seeded_sampling: bool
     grammar: bool = False
+    cache_salts: bool = False
 
     def capped(self, max_prompt_tokens: int | None) -> Limits:
         """These, with an operator's limit on prompts."""
@@ -196,6 +197,7 @@ class Limits:
             vocab_size=min(each.vocab_size for each in limits),
             seeded_sampling=all(each.seeded_sampling for each in limits),
             grammar=all(each.grammar for each in limits),
+            cache_salts=all(each.cache_salts for each in limits),
         )
 
     @classmethod
@@ -207,6 +209,7 @@ class Limits:
             vocab_size=runtime.vocab_size,
             seeded_sampling=runtime.seeded_sampling,
             grammar=bool(runtime.grammar_backend),
+            cache_salts=runtime.cache_salts,
         )
 
 

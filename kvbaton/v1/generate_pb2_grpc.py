@@ -45,7 +45,7 @@ class GenerateServiceStub:
     n                             o         -        -       -
     prefill_worker, decode_worker o         -        -       -
     allow_inexact_migration       o         -        -       -
-    cache_salt                    o (2)     o (2)    o       o (2)
+    cache_salt                    o (2)     o (2)    o (2)   o (2)
     lora                          - (3)     -        -       -
 
     (1) required when the frontend serves more than one model.
@@ -95,7 +95,7 @@ class GenerateServiceServicer:
     n                             o         -        -       -
     prefill_worker, decode_worker o         -        -       -
     allow_inexact_migration       o         -        -       -
-    cache_salt                    o (2)     o (2)    o       o (2)
+    cache_salt                    o (2)     o (2)    o (2)   o (2)
     lora                          - (3)     -        -       -
 
     (1) required when the frontend serves more than one model.
@@ -164,7 +164,7 @@ class GenerateService:
     n                             o         -        -       -
     prefill_worker, decode_worker o         -        -       -
     allow_inexact_migration       o         -        -       -
-    cache_salt                    o (2)     o (2)    o       o (2)
+    cache_salt                    o (2)     o (2)    o (2)   o (2)
     lora                          - (3)     -        -       -
 
     (1) required when the frontend serves more than one model.

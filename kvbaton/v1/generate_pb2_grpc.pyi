@@ -46,7 +46,7 @@ class GenerateServiceStub:
       n                             o         -        -       -
       prefill_worker, decode_worker o         -        -       -
       allow_inexact_migration       o         -        -       -
-      cache_salt                    o (2)     o (2)    o       o (2)
+      cache_salt                    o (2)     o (2)    o (2)   o (2)
       lora                          - (3)     -        -       -
 
       (1) required when the frontend serves more than one model.
@@ -92,7 +92,7 @@ class GenerateServiceAsyncStub(GenerateServiceStub):
       n                             o         -        -       -
       prefill_worker, decode_worker o         -        -       -
       allow_inexact_migration       o         -        -       -
-      cache_salt                    o (2)     o (2)    o       o (2)
+      cache_salt                    o (2)     o (2)    o (2)   o (2)
       lora                          - (3)     -        -       -
 
       (1) required when the frontend serves more than one model.
@@ -134,7 +134,7 @@ class GenerateServiceServicer(metaclass=_abc_1.ABCMeta):
       n                             o         -        -       -
       prefill_worker, decode_worker o         -        -       -
       allow_inexact_migration       o         -        -       -
-      cache_salt                    o (2)     o (2)    o       o (2)
+      cache_salt                    o (2)     o (2)    o (2)   o (2)
       lora                          - (3)     -        -       -
 
       (1) required when the frontend serves more than one model.

@@ -15,6 +15,7 @@ from opentelemetry.trace import Span
 from kvbaton.errors import RequestError, invalid
 from kvbaton.v1 import generate_pb2
 from services.modes import GENERATE
+from services.prefix_requests import check_cache_salt
 from services.requests import Role, check_logprobs, check_prompt, check_request_id, check_sampling, sent_tokens
 from services.telemetry import tracing
 from services.worker.core import Loaded, WorkerCore
@@ -129,13 +130,14 @@ class LegRunner:
         for hint in ("prefill_worker", "decode_worker"):
             if getattr(request, hint):
                 raise invalid(hint, "the frontend chooses workers; this is one already")
+        cache_salt = check_cache_salt(request, loaded.limits)
         token_ids = check_prompt(sent_tokens(request.token_ids), loaded.limits)
         sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=loaded.limits)
         dp_rank = request.dp_rank if request.HasField("dp_rank") else None
         if dp_rank is not None and dp_rank >= loaded.info.dp_size:
             raise invalid("dp_rank", f"{dp_rank}: this worker has {loaded.info.dp_size} data-parallel ranks")
         room = await self._contract.room(request)
-        return EngineRequest("", token_ids, sampling, room, dp_rank, trace_headers, check_logprobs(request))
+        return EngineRequest("", token_ids, sampling, room, dp_rank, trace_headers, check_logprobs(request), cache_salt)
 
     def _response(self, delta: EngineDelta, leg: Leg, timings: _Timings) -> generate_pb2.GenerateResponse:
         logprobs = [each.to_proto() for each in delta.logprobs]

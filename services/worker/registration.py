@@ -110,6 +110,7 @@ def _runtime(mode: Mode, info: EngineInfo, has_tokenizer: bool) -> worker_pb2.Ru
         reasoning_parser=info.reasoning_parser,
         seeded_sampling=info.seeded_sampling,
         grammar_backend=info.grammar_backend,
+        cache_salts=info.cache_salts,
         has_tokenizer=has_tokenizer,
         embedding=None if info.embedding is None else info.embedding.to_proto(),
         versions=worker_pb2.Versions(

@@ -33,13 +33,19 @@ def prefix(number: int) -> list[int]:
 
 
 def request(
-    token_ids: list[int], tokens: int = 4, *, prefill_worker: str = "", decode_worker: str = ""
+    token_ids: list[int],
+    tokens: int = 4,
+    *,
+    prefill_worker: str = "",
+    decode_worker: str = "",
+    cache_salt: str = "",
 ) -> generate_pb2.GenerateRequest:
     return generate_pb2.GenerateRequest(
         token_ids=generate_pb2.TokenIds(ids=token_ids),
         sampling=generate_pb2.SamplingParams(max_new_tokens=tokens, temperature=0),
         prefill_worker=prefill_worker,
         decode_worker=decode_worker,
+        cache_salt=cache_salt,
     )
 
 
@@ -122,6 +128,45 @@ async def test_a_repeated_prefix_goes_to_the_worker_that_holds_it(clusters: Clus
             finished = await answered(frontend, request([*prefix(n), 2, again]))
             assert holder(finished) == first[n]
             assert finished.usage.cached_prompt_tokens == PREFIX_TOKENS
+
+
+@pytest.mark.parametrize("flags", [KV_AWARE, GUESSING])
+@pytest.mark.parametrize("roles", [(Role.PREFILL, Role.PREFILL, Role.DECODE), (Role.AGGREGATED, Role.AGGREGATED)])
+async def test_requests_of_different_salts_share_no_prefix(
+    clusters: Clusters, roles: tuple[Role, ...], flags: RoutingFlags
+) -> None:
+    cluster = await clusters.start(flags)
+    await workers(cluster, *roles)
+    frontend, kv = cluster.frontend, cluster.frontend.kv
+    assert kv is not None
+    if flags is KV_AWARE:
+        await index_is_exact(cluster)
+    holders: dict[str, str] = {}
+    for salt in ("", "tenant", "other"):
+        assert kv.cached_tokens(prefix(0), cache_salt=salt) == {}
+        finished = await answered(frontend, request([*prefix(0), 1], cache_salt=salt))
+        assert finished.usage.cached_prompt_tokens == 0, "it was computed for another salt"
+        holders[salt] = finished.prefill_worker or finished.decode_worker
+        await eventually(lambda salt=salt: kv.cached_tokens(prefix(0), cache_salt=salt), what="the events")  # type: ignore[misc]
+    for salt, holder in holders.items():
+        finished = await answered(frontend, request([*prefix(0), 2], cache_salt=salt))
+        assert finished.usage.cached_prompt_tokens == PREFIX_TOKENS
+        assert (finished.prefill_worker or finished.decode_worker) == holder
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE, Role.AGGREGATED])
+async def test_adapters_are_refused_by_name_everywhere(cluster: FakeCluster, role: Role) -> None:
+    started = {each: await cluster.start_worker(each) for each in (Role.PREFILL, Role.DECODE, Role.AGGREGATED)}
+    await cluster.routable(3)
+    adapted = request([1])
+    adapted.lora = "law"
+    for endpoint in (started[role].endpoint, f"127.0.0.1:{cluster.frontend.grpc_port}"):
+        async with grpc.aio.insecure_channel(endpoint) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in generate_pb2_grpc.GenerateServiceStub(channel).Generate(adapted):
+                    pass
+        error = RequestError.from_rpc_error(caught.value)
+        assert (error.field, error.code) == ("lora", grpc.StatusCode.INVALID_ARGUMENT)
 
 
 async def test_a_second_frontend_knows_what_the_first_has_sent(clusters: Clusters) -> None:

@@ -136,6 +136,7 @@ class FakeEngine:
             eos_token_ids=(2,),
             bos_token_id=1,
             seeded_sampling=True,
+            cache_salts=True,
             has_kv_events=self.role in (Role.PREFILL, Role.AGGREGATED),
             embedding=self._embedding_size(),
         )

@@ -322,6 +322,10 @@ class TestSpans:
         assert call_arguments(request(trace_headers=headers), seeded=False)["external_trace_header"] == headers
         assert call_arguments(request(), seeded=False)["external_trace_header"] is None
 
+    def test_the_salt_is_handed_on_where_there_is_one(self) -> None:
+        assert call_arguments(request(cache_salt="tenant"), seeded=False)["cache_salt"] == "tenant"
+        assert "cache_salt" not in call_arguments(request(), seeded=False)
+
 
 class TestBootstrapPort:
     """After the launch, which takes minutes in which somebody else may have taken the port."""

@@ -134,6 +134,7 @@ class Attempt:
             token_ids=token_ids.pack(self._prepared.token_ids),
             sampling=self._prepared.sampling.to_proto(),
             logprobs=self._prepared.logprobs,
+            cache_salt=self._prepared.cache_salt,
         )
         if self.room is not None:
             request.bootstrap.CopyFrom(self.room.to_proto())

@@ -171,9 +171,12 @@ class RequestOwner:
                 self._close_attempt(error)
                 await self._pause()
 
+    def _prompt(self) -> Prompt:
+        return Prompt(self._rest.token_ids, cache_salt=self._rest.cache_salt)
+
     async def _placed(self, ticket: Ticket) -> Placement:
         """Waits for workers. Raises RequestError, and EndedError as all that waits does."""
-        ticket.describe(Prompt(self._rest.token_ids))
+        ticket.describe(self._prompt())
         ticket.deliver_to(lambda result: self._events.put_nowait(FromQueue(ticket, result)))
         while True:
             item = await self._next_event()
@@ -190,7 +193,7 @@ class RequestOwner:
         else:
             self._retry.spend(error)
         self._retry.blame(error, placement, handed_over=self.state is State.DECODING)
-        prompt = Prompt(self._rest.token_ids)
+        prompt = self._prompt()
         for excluded in self._retry.exclusions():
             if (again := self._queue.enter_again(self._ticket, excluded, prompt)) is not None:
                 return again

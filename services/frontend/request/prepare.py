@@ -17,6 +17,7 @@ from services.frontend.request.reply import ReplyFormat
 from services.frontend.router.worker import Worker
 from services.frontend.text import ChatTemplateError, InvalidMessagesError, InvalidTextError, TokenizerError
 from services.frontend.text_models import TextModel
+from services.prefix_requests import check_cache_salt
 from services.requests import (
     GrammarKind,
     Limits,
@@ -45,6 +46,7 @@ class PreparedRequest:
     sampling: Sampling
     text: ReplyFormat | None
     logprobs: int | None = None
+    cache_salt: str = ""
     grammar_field: str = ""
     """The client's field that a chat's grammar is from; a worker knows it by the field that it came in."""
     ends: frozenset[int] = frozenset()
@@ -80,6 +82,7 @@ async def prepare(
     _refuse_worker_fields(request)
     stops = check_stops(request.sampling.stop)
     logprobs = check_logprobs(request)
+    cache_salt = check_cache_salt(request, limits)
     # Cheap checks first, with a prompt of one token: bad sampling costs no tokenization.
     check_sampling(_without_length(request.sampling), prompt_tokens=1, limits=limits)
     prompt = await _prompt(request, worker, limits)
@@ -99,6 +102,7 @@ async def prepare(
         sampling=sampling,
         text=_reply_format(request, worker.text, prompt, stops),
         logprobs=logprobs,
+        cache_salt=cache_salt,
         grammar_field=grammar_field,
         ends=_ends(sampling, worker),
         inexact_migration=request.allow_inexact_migration,

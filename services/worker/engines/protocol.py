@@ -26,7 +26,8 @@ class EngineRequest:
 
     `engine_id` is 32 hex digits and never used twice: SGLang matches aborts by prefix. `room` is set for both legs of a
     disaggregated request and None for an aggregated one. `trace_headers` are W3C trace-context headers. `logprobs` is
-    how many of the likeliest tokens come with each token, None without log probabilities.
+    how many of the likeliest tokens come with each token, None without log probabilities. Prefixes are shared only with
+    requests of the same `cache_salt`.
     """
 
     engine_id: str
@@ -36,6 +37,7 @@ class EngineRequest:
     dp_rank: int | None = None
     trace_headers: Mapping[str, str] = field(default_factory=dict)
     logprobs: int | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,8 @@ class EngineInfo:
     reasoning_parser: str = ""
     # What holds answers to a grammar; empty when nothing does.
     grammar_backend: str = ""
+    # Whether prefixes of different salts are kept apart, and events tell the salt.
+    cache_salts: bool = False
     # Whether `Engine.kv_events` tells anything.
     has_kv_events: bool = False
     # None for an engine that generates.

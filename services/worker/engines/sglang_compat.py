@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import inspect
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib import import_module
@@ -54,6 +55,12 @@ def why_no_spans(target: OtlpTarget) -> str:
 def engine_class() -> Any:
     """SGLang's in-process `Engine`, imported past the lazy attribute of the package."""
     return import_module("sglang.srt.entrypoints.engine").Engine
+
+
+def takes_cache_salts(engine: Any) -> bool:
+    """Whether requests can have a salt, and KV events tell it: not every version knows both."""
+    stored = import_module("sglang.srt.disaggregation.kv_events").BlockStored
+    return "cache_salt" in inspect.signature(engine.async_generate).parameters and hasattr(stored, "cache_salt")
 
 
 def field_names(server_args: Any) -> frozenset[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from services.embedding_requests import EmbeddingSize
 from services.worker.engines.protocol import EngineInfo
-from services.worker.engines.sglang_compat import resolved
+from services.worker.engines.sglang_compat import resolved, takes_cache_salts
 
 _NIXL_PACKAGES = ("nixl-cu13", "nixl-cu12", "nixl")
 
@@ -55,6 +55,7 @@ def engine_info(
         tool_call_parser=str(args["tool_call_parser"] or ""),
         reasoning_parser=str(args["reasoning_parser"] or ""),
         grammar_backend=str(args["grammar_backend"]) if has_grammars else "",
+        cache_salts=takes_cache_salts(engine),
         has_kv_events=tells_kv_events and not args["disable_radix_cache"],
         embedding=embedding_size(model) if args["is_embedding"] else None,
     )

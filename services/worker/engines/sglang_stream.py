@@ -104,6 +104,8 @@ def call_arguments(request: EngineRequest, *, seeded: bool) -> dict[str, Any]:
     if request.logprobs is not None:
         arguments["return_logprob"] = True
         arguments["top_logprobs_num"] = request.logprobs
+    if request.cache_salt:  # not every version knows the argument
+        arguments["cache_salt"] = request.cache_salt
     if request.room is not None:
         arguments["bootstrap_host"] = request.room.host
         arguments["bootstrap_port"] = request.room.port

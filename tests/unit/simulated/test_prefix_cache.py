@@ -27,14 +27,14 @@ class Kept:
         self.events: list[KvEvent] = []
         self.cache = PrefixCache(self.allocator, SIZE, self.events.append)
 
-    def compute(self, tokens: list[int]) -> list[int]:
+    def compute(self, tokens: list[int], salt: str = "") -> list[int]:
         """What a prefill does with a prompt, up to the release of its pages. Returns the pages it reused."""
-        cached = self.cache.match(tokens)
+        cached = self.cache.match(tokens, salt)
         needed = -(-len(tokens) // SIZE) - len(cached)
         self.cache.evict(needed - self.allocator.free)
         fresh = self.allocator.allocate(needed)
         assert fresh is not None
-        self.cache.insert(tokens, cached + fresh)
+        self.cache.insert(tokens, cached + fresh, salt)
         self.allocator.release(cached + fresh)
         return cached
 
@@ -46,6 +46,15 @@ def test_full_pages_are_found_and_one_token_is_always_left() -> None:
     assert len(kept.compute(list(range(10)))) == 2
     assert len(kept.compute(list(range(8)))) == 1
     assert kept.compute([*range(4), 99, *range(5, 10)]) == kept.compute(list(range(5)))
+
+
+def test_other_salts_are_other_prefixes() -> None:
+    kept = Kept()
+    for salt in ("", "a", "b"):
+        assert kept.compute(list(range(10)), salt) == []
+    assert all(len(kept.compute(list(range(10)), salt)) == 2 for salt in ("", "a", "b"))
+    kinds = [event.kind.cache_salt for event in kept.events if isinstance(event, BlockStored)]
+    assert kinds == ["", "a", "b"]
 
 
 def test_hashes_chain_over_pages_and_are_signed_64_bit() -> None:

@@ -163,6 +163,7 @@ class SimulatedEngine:
             grammar_backend=options.grammar_backend,
             tool_call_parser=options.tool_call_parser,
             reasoning_parser=options.reasoning_parser,
+            cache_salts=True,
             has_kv_events=self.role in (Role.PREFILL, Role.AGGREGATED) and options.prefix_cache,
             embedding=self._embedding_size(),
         )

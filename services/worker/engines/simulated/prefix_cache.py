@@ -1,6 +1,7 @@
 """What is kept of prompts: full pages by a chain of hashes, least recently used first out, with KV events.
 
-Page i's hash is over page i - 1's hash and page i's tokens, so equal hashes mean equal prefixes.
+Page i's hash is over page i - 1's hash and page i's tokens, the first one's over the request's salt as well, so equal
+hashes mean equal prefixes.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from services.worker.engines.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
+from services.worker.engines.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, CacheKind, KvEvent
 from services.worker.engines.simulated.oracle import to_bytes
 from services.worker.engines.simulated.pages import PageAllocator
 
 
-def block_hashes(tokens: Sequence[int], page_size: int) -> list[int]:
+def block_hashes(tokens: Sequence[int], page_size: int, cache_salt: str = "") -> list[int]:
     """The hash of every full page."""
     hashes: list[int] = []
-    parent = b""
+    parent = hashlib.blake2b(cache_salt.encode(), digest_size=8).digest() if cache_salt else b""
     content = to_bytes(tokens[: len(tokens) // page_size * page_size])
     step = len(content) // max(1, len(tokens) // page_size)
     for at in range(0, len(content), step or 1):
@@ -51,13 +52,13 @@ class PrefixCache:
         """Pages that nobody but the cache holds; counted, so not for every tick."""
         return sum(self._allocator.holders(node.page) == 1 for node in self._nodes.values())
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
+    def match(self, tokens: Sequence[int], cache_salt: str = "") -> list[int]:
         """The pages of the longest cached prefix, retained for the caller. At least one token is left to compute."""
         reusable = (len(tokens) - 1) // self._page_size
         if not self._nodes or not reusable:
             return []
         found: list[int] = []
-        for block in block_hashes(tokens[: reusable * self._page_size], self._page_size):
+        for block in block_hashes(tokens[: reusable * self._page_size], self._page_size, cache_salt):
             if block not in self._nodes:
                 break
             found.append(block)
@@ -66,9 +67,9 @@ class PrefixCache:
         self._allocator.retain(pages)
         return pages
 
-    def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+    def insert(self, tokens: Sequence[int], pages: Sequence[int], cache_salt: str = "") -> None:
         """Keeps the full pages of a computed prompt. A prefix that is there already keeps its own pages."""
-        hashes = block_hashes(tokens, self._page_size)
+        hashes = block_hashes(tokens, self._page_size, cache_salt)
         fresh = next((i for i, block in enumerate(hashes) if block not in self._nodes), len(hashes))
         parent = hashes[fresh - 1] if fresh else None
         event = BlockStored(
@@ -76,6 +77,7 @@ class PrefixCache:
             parent,
             list(tokens[fresh * self._page_size : len(hashes) * self._page_size]),
             self._page_size,
+            CacheKind(cache_salt=cache_salt),
         )
         for block, page in zip(hashes[fresh:], pages[fresh : len(hashes)], strict=True):
             self._nodes[block] = _Node(page, parent)

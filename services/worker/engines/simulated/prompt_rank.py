@@ -54,7 +54,7 @@ class PromptRank(Rank):
         if not self._waiting or self.holding >= self.options.max_running_requests:
             return None
         request = self._waiting[0]
-        cached = self._cache.match(request.prompt) if self._cache is not None else []
+        cached = self._cache.match(request.prompt, request.cache_salt) if self._cache is not None else []
         needed = -(-(len(request.prompt) + self._output_room(request)) // self.options.page_size) - len(cached)
         if self._cache is not None and needed > self.allocator.free:
             self._cache.evict(needed - self.allocator.free)
@@ -78,7 +78,7 @@ class PromptRank(Rank):
                 self._computing.remove(request)
                 request.table = BlockTable(self.array, request.pages, request.computed)
                 if self._cache is not None and not request.pretends:
-                    self._cache.insert(request.prompt, request.pages)
+                    self._cache.insert(request.prompt, request.pages, request.cache_salt)
             self._chunk_computed(request, now)
 
     def _unqueue(self, request: Request) -> None:

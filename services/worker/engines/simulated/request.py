@@ -69,6 +69,7 @@ class Request:
     """Output that the stream has not got yet."""
     logprobs: int | None = None
     """How many of the likeliest tokens come with each, None without any log probabilities."""
+    cache_salt: str = ""
     pages: list[int] = field(default_factory=list[int])
     table: BlockTable | None = None
     mask: Mask | None = None
@@ -83,7 +84,16 @@ class Request:
         """From what the worker submits."""
         prompt, room = list(request.token_ids), request.room
         length = request.sampling.max_new_tokens
-        return cls(request.engine_id, prompt, rule, length, room, now, logprobs=request.logprobs)
+        return cls(
+            request.engine_id,
+            prompt,
+            rule,
+            length,
+            room,
+            now,
+            logprobs=request.logprobs,
+            cache_salt=request.cache_salt,
+        )
 
     @property
     def pretends(self) -> bool:
