@@ -75,6 +75,8 @@ class SamplingBody(Body):
     allow_inexact_migration: bool | None = None
     """If the worker fails behind the first token, go on with another one also where the rest of the answer may differ
     from what it would have been: with penalties, or sampling without a seed. Default false."""
+    cache_salt: str | None = None
+    """Cached prefixes are shared only between requests with the same one; at most 128 bytes. Default: none."""
     regex: Annotated[str, Field(min_length=1)] | None = None
     """Holds the answer to a regular expression."""
     ebnf: Annotated[str, Field(min_length=1)] | None = None

@@ -100,6 +100,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "skip_special_tokens": (False, LEFT_OUT),
     "priority": (5, LEFT_OUT),
     "allow_inexact_migration": (True, LEFT_OUT),
+    "cache_salt": ("tenant", LEFT_OUT),
     "regex": ("a", LEFT_OUT),
     "ebnf": ('root ::= "a"', LEFT_OUT),
     "json_schema": ("{}", LEFT_OUT),

@@ -40,6 +40,7 @@ def chat_call(body: ChatCompletionRequest, request_id: str) -> Call:
         sampling=sampling_params(body, max_tokens, grammar),
         priority=body.priority,
         allow_inexact_migration=body.allow_inexact_migration,
+        cache_salt=body.cache_salt,
         n=body.n,
         logprobs=_logprobs(body),
     )

@@ -54,6 +54,7 @@ def _call(
         sampling=sampling_params(body, max_tokens, grammar),
         priority=body.priority,
         allow_inexact_migration=body.allow_inexact_migration,
+        cache_salt=body.cache_salt,
         n=body.n,
         logprobs=body.logprobs,
     )

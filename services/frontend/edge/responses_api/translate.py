@@ -52,6 +52,7 @@ def responses_call(body: ResponsesRequest, request_id: str) -> Call:
         sampling=sampling_params(body, body.max_output_tokens, grammar),
         priority=body.priority,
         allow_inexact_migration=body.allow_inexact_migration,
+        cache_salt=body.cache_salt,
         logprobs=_logprobs(body),
     )
     effort_only = body.chat_template_kwargs is None
