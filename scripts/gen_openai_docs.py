@@ -80,6 +80,10 @@ name; the [tables](#request-fields) say which. A field that isn't there is refus
 - **`stream_options.continuous_usage_stats`**, together with `include_usage`: each event has the prompt's tokens and its
   choice's tokens so far, as vLLM does.
 - **`echo`** puts the prompt in front of each choice; token ids are detokenized for it.
+- **Named workers**: the headers `x-kvbaton-prefill-worker` and `x-kvbaton-decode-worker` are instance ids
+  (`kvbaton status` lists them), and mean what `GenerateRequest.prefill_worker` and `decode_worker` do, see
+  [routing](routing.md#naming-a-worker). One that is no instance id is 400, one that is not there 404; `param` is the
+  header.
 - **/v1/responses** stores nothing: `store: true`, `previous_response_id`, `conversation`, `background` and `prompt` are
   refused, and `store` is false when it is left out. What the model did in one turn (reasoning, text, calls) becomes one
   message of the chat template.
@@ -102,7 +106,7 @@ word.
 |---|---|
 | 400 | a field is bad, unknown or refused; the model can't do it |
 | 401, 403 | the API key |
-| 404 | no such model or route |
+| 404 | no such model, named worker or route |
 | 408, 413, 415 | the body came too slowly, is too large, or is no JSON |
 | 409 | a live request has the same `x-request-id` |
 | 429 | too many requests; `retry-after` says when to come back |

@@ -23,7 +23,7 @@ from kvbaton.v1.worker_pb2 import (
 
 ROOT = "/kvbaton/v1"
 
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _UUID = re.compile(r"[0-9a-f]{32}")
 
 _ROLE_NAMES: dict[WorkerRole, str] = {
@@ -41,7 +41,7 @@ class RecordError(ValueError):
 
 def check_label(what: str, text: str) -> str:
     """`text` when it is a DNS label (1 to 63 of a-z, 0-9 and inner hyphens); RecordError naming `what` otherwise."""
-    if not _LABEL.fullmatch(text):
+    if not LABEL.fullmatch(text):
         raise RecordError(f"{what} {text!r} is not a DNS label (1 to 63 characters of a-z, 0-9, inner hyphens)")
     return text
 

@@ -11,6 +11,9 @@ from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2
 from services.requests import check_request_id
 
+HEADER_OF = {"prefill_worker": "x-kvbaton-prefill-worker", "decode_worker": "x-kvbaton-decode-worker"}
+"""Fields that no body has, and the headers that they come from."""
+
 _INPUT_FIELDS = ("text", "token_ids", "chat", "input")
 
 
@@ -28,7 +31,7 @@ class Call:
 
     def in_openai_terms(self, error: RequestError, request_id: str) -> RequestError:
         """The same error with OpenAI's field name, in `field` and in the message, and with the HTTP request's id."""
-        return renamed(error, self.name_of(error.field), request_id)
+        return renamed(error, HEADER_OF.get(error.field) or self.name_of(error.field), request_id)
 
 
 def renamed(error: RequestError, name: str, request_id: str) -> RequestError:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import grpc
 import orjson
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
+from kvbaton.errors import Reason, RequestError
 from kvbaton.token_ids import unpack
 from kvbaton.v1 import generate_pb2
 from services.frontend.edge.chat.schema import ChatCompletionRequest
 from services.frontend.edge.completions.schema import CompletionRequest
 from tests.unit.edge.fakes import MODEL, ScriptedGeneration, ended
-from tests.unit.edge.harness import BODIES, CHAT, COMPLETIONS, ROUTES, in_memory, post
+from tests.unit.edge.harness import BODIES, CHAT, COMPLETIONS, ROUTES, error_of, in_memory, post
+from tests.unit.edge.request_examples import MINIMAL
 
 SAMPLING = {
     "temperature": (0.5, 0.5),
@@ -320,6 +323,52 @@ async def test_the_clients_request_id_is_kept(route: str) -> None:
     assert generation.requests[0].request_id == "trace/42"
     assert response.headers["x-request-id"] == "trace/42"
     assert response.json()["id"] == "trace/42"
+
+
+HINTS = {"x-kvbaton-prefill-worker": "prefill-0", "x-kvbaton-decode-worker": "decode-0"}
+RESPONSES = "/v1/responses"
+
+
+@pytest.mark.parametrize("route", [*ROUTES, RESPONSES])
+async def test_the_named_workers_are_forwarded(route: str) -> None:
+    generation = ScriptedGeneration()
+    async with in_memory(generation) as client:
+        for headers in (HINTS, {}):
+            assert (await client.post(route, json=MINIMAL[route], headers=headers)).status_code == 200
+    named, free = generation.requests
+    assert (named.prefill_worker, named.decode_worker) == ("prefill-0", "decode-0")
+    assert (free.prefill_worker, free.decode_worker) == ("", "")
+
+
+async def test_the_named_workers_get_every_prompt() -> None:
+    generation = ScriptedGeneration()
+    async with in_memory(generation) as client:
+        await client.post(COMPLETIONS, json=BODIES[COMPLETIONS] | {"prompt": ["a", "b"]}, headers=HINTS)
+    assert [request.prefill_worker for request in generation.requests] == ["prefill-0", "prefill-0"]
+
+
+@pytest.mark.parametrize("route", [*ROUTES, RESPONSES])
+@pytest.mark.parametrize("header", HINTS)
+@pytest.mark.parametrize("value", ["", "Prefill 0", "p" * 64])
+async def test_what_is_no_instance_id_is_refused_by_the_headers_name(route: str, header: str, value: str) -> None:
+    generation = ScriptedGeneration()
+    async with in_memory(generation) as client:
+        response = await client.post(route, json=MINIMAL[route], headers={header: value})
+    assert (response.status_code, generation.requests) == (400, [])
+    error = error_of(response)
+    assert error["param"] == header
+    assert error["message"].startswith(f"{header}: ")
+
+
+@pytest.mark.parametrize("route", [*ROUTES, RESPONSES])
+@pytest.mark.parametrize("field", ["prefill_worker", "decode_worker"])
+async def test_an_error_of_a_named_worker_names_its_header(route: str, field: str) -> None:
+    unknown = RequestError(grpc.StatusCode.NOT_FOUND, Reason.WORKER_NOT_FOUND, f"{field}: nobody", field=field)
+    async with in_memory(ScriptedGeneration(refusal=unknown)) as client:
+        response = await client.post(route, json=MINIMAL[route], headers=HINTS)
+    header = f"x-kvbaton-{field.replace('_', '-')}"
+    error = error_of(response)
+    assert (response.status_code, error["param"], error["message"]) == (404, header, f"{header}: nobody")
 
 
 @pytest.mark.parametrize("header", [b"", b"with space", b"x" * 129, "ünï".encode()])

@@ -50,6 +50,14 @@ def test_the_document_is_served() -> None:
     assert document()["openapi"].startswith("3.1")
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_the_headers_are_described(route: str) -> None:
+    described = {each["name"]: each for each in document()["paths"][route]["post"]["parameters"]}
+    for name in ("x-request-id", "x-kvbaton-prefill-worker", "x-kvbaton-decode-worker"):
+        assert (described[name]["in"], described[name]["required"]) == ("header", False)
+        assert described[name]["description"]
+
+
 async def test_where() -> None:
     async with in_memory(ScriptedGeneration()) as client:
         assert (await client.get("/openapi.json")).json()["paths"].keys() == document()["paths"].keys()

@@ -14,8 +14,8 @@ from services.frontend.edge.calls import request_id
 from services.frontend.edge.documented import documented
 from services.frontend.edge.embeddings import EmbeddingCall, EmbeddingList, EmbeddingsRequest, answer_body
 from services.frontend.edge.exchange import while_client_stays
+from services.frontend.edge.headers import RequestIdHeader
 from services.frontend.edge.options import EdgeOptions
-from services.frontend.edge.routes.generation import RequestIdHeader
 from services.frontend.embedding.service import Embedding
 
 log = structlog.get_logger()

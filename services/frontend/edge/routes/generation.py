@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Response
 
 from kvbaton.errors import RequestError
 from kvbaton.v1 import text_pb2
@@ -20,14 +19,11 @@ from services.frontend.edge.completions.schema import CompletionRequest
 from services.frontend.edge.completions.translate import completion_work
 from services.frontend.edge.documented import documented_stream
 from services.frontend.edge.exchange import Exchange
+from services.frontend.edge.headers import RequestIdHeader, WorkerHeaders
 from services.frontend.edge.options import EdgeOptions
 from services.frontend.edge.outputs import Work
 from services.frontend.edge.stream_options import usage_events
 from services.frontend.request.api import Generation
-
-RequestIdHeader = Annotated[
-    str | None, Header(description="The request's id, for Abort and for logs; no two live requests may share it.")
-]
 
 _EVENTS = "With `stream`: one JSON object in each `data:` line, then `data: [DONE]`, or an error body as the last one."
 
@@ -37,10 +33,12 @@ def router(generation: Generation, options: EdgeOptions) -> APIRouter:
     routes = APIRouter(tags=["generation"], route_class=json_route(options))
 
     @routes.post("/v1/completions", response_model=None, responses=documented_stream(Completion, Completion, _EVENTS))
-    async def completions(body: CompletionRequest, x_request_id: RequestIdHeader = None) -> Response:
+    async def completions(
+        body: CompletionRequest, workers: WorkerHeaders, x_request_id: RequestIdHeader = None
+    ) -> Response:
         """Continues one prompt or several."""
         usage = usage_events(body.stream_options, stream=bool(body.stream))
-        work = completion_work(body, request_id(x_request_id, "cmpl-"))
+        work = workers.named_by(completion_work(body, request_id(x_request_id, "cmpl-")))
         answer = Answer(work.request_id, body.model, int(time.time()))
         shape = Shape(await _echoes(generation, body, work), work.choices_per_call, body.logprobs is not None)
         return exchange(work, CompletionEvents(answer, shape, usage) if body.stream else CompletionBody(answer, shape))
@@ -50,11 +48,13 @@ def router(generation: Generation, options: EdgeOptions) -> APIRouter:
         response_model=None,
         responses=documented_stream(ChatCompletion, ChatCompletionChunk, _EVENTS),
     )
-    async def chat_completions(body: ChatCompletionRequest, x_request_id: RequestIdHeader = None) -> Response:
+    async def chat_completions(
+        body: ChatCompletionRequest, workers: WorkerHeaders, x_request_id: RequestIdHeader = None
+    ) -> Response:
         """Answers a conversation."""
         usage = usage_events(body.stream_options, stream=bool(body.stream))
         call = chat_call(body, request_id(x_request_id, "chatcmpl-"))
-        work = Work(call.request.request_id, [call])
+        work = workers.named_by(Work(call.request.request_id, [call]))
         answer = Answer(work.request_id, body.model, int(time.time()))
         if body.stream:
             return exchange(work, ChatEvents(answer, call.choices, usage))

@@ -12,13 +12,13 @@ from services.frontend.edge.body import json_route
 from services.frontend.edge.calls import request_id
 from services.frontend.edge.documented import documented_stream
 from services.frontend.edge.exchange import Exchange
+from services.frontend.edge.headers import RequestIdHeader, WorkerHeaders
 from services.frontend.edge.options import EdgeOptions
 from services.frontend.edge.outputs import Work
 from services.frontend.edge.responses_api.answer import ResponseBody, ResponseEvents
 from services.frontend.edge.responses_api.bodies import Response, ResponseEvent
 from services.frontend.edge.responses_api.schema import ResponsesRequest
 from services.frontend.edge.responses_api.translate import responses_call
-from services.frontend.edge.routes.generation import RequestIdHeader
 from services.frontend.request.api import Generation
 
 _EVENTS = (
@@ -32,10 +32,12 @@ def router(generation: Generation, options: EdgeOptions) -> APIRouter:
     routes = APIRouter(tags=["generation"], route_class=json_route(options))
 
     @routes.post("/v1/responses", response_model=None, responses=documented_stream(Response, ResponseEvent, _EVENTS))
-    async def responses(body: ResponsesRequest, x_request_id: RequestIdHeader = None) -> HttpResponse:
+    async def responses(
+        body: ResponsesRequest, workers: WorkerHeaders, x_request_id: RequestIdHeader = None
+    ) -> HttpResponse:
         """Answers a conversation in items."""
         call = responses_call(body, request_id(x_request_id, "resp_"))
-        work = Work(call.request.request_id, [call])
+        work = workers.named_by(Work(call.request.request_id, [call]))
         answer = Answer(work.request_id, body.model, int(time.time()))
         writer = ResponseEvents(answer, body) if body.stream else ResponseBody(answer, body)
         return Exchange(generation, work, writer, write_timeout=options.write_timeout_seconds)

@@ -8,8 +8,8 @@ from kvbaton.errors import RequestError
 from services.frontend.edge.body import json_route
 from services.frontend.edge.calls import request_id
 from services.frontend.edge.documented import documented
+from services.frontend.edge.headers import RequestIdHeader
 from services.frontend.edge.options import EdgeOptions
-from services.frontend.edge.routes.generation import RequestIdHeader
 from services.frontend.edge.tokenization import (
     Detokenized,
     DetokenizeRequest,
