@@ -21,7 +21,7 @@ _BYTES_PER_PLACE = 64
 _EMPTY_SHARD_BYTES = 1024
 _PAGES_PER_SET = 64
 _EVICTED_AT_ONCE = 32
-# Moving all pages of every match to the end would take longer than finding them. A prime, so that every shard has all.
+# Moving all pages of every match to the end would take longer than finding them.
 _TOUCHED_ONE_IN = 7
 
 
@@ -103,14 +103,15 @@ class PageTable:
         """
         shards, select, turn = self._shards, self._select, self._turn
         self._turn = (turn + 1) % _TOUCHED_ONE_IN
+        if not live:
+            return []
         matches: list[tuple[int, int]] = []
-        alive, pages, last = live, 0, 0
+        # Pages with the same holders share one object: only where it changes there is something to count.
+        alive, pages, last, touched = live, 0, -1, turn
         for each in hashes:
             shard = shards[each & select]
             held = shard.get(each, 0)
-            if held and each % _TOUCHED_ONE_IN == turn:
-                shard[each] = shard.pop(each)
-            if held is not last or not held:
+            if held is not last:
                 last, still = held, alive & held
                 if still != alive:
                     if pages:
@@ -118,6 +119,9 @@ class PageTable:
                     alive = still
                     if not alive:
                         break
+            if pages == touched:
+                shard[each] = shard.pop(each)
+                touched += _TOUCHED_ONE_IN
             pages += 1
         if alive and pages:
             matches.append((alive, pages))
