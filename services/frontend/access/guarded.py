@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from kvbaton.errors import cancelled
 from kvbaton.v1 import embed_pb2, generate_pb2, model_pb2, text_pb2
@@ -50,12 +50,12 @@ class GuardedGeneration:
 
     async def tokenize(self, request: text_pb2.TokenizeRequest) -> text_pb2.TokenizeResponse:
         """As `Generation`; PERMISSION_DENIED for a model that the caller may not use."""
-        require_model(request.model, [info.model.name for info in self._inner.models()])
+        require_model(request.model, _served(self._inner, GENERATE, EMBED))
         return await self._inner.tokenize(request)
 
     async def detokenize(self, request: text_pb2.DetokenizeRequest) -> text_pb2.DetokenizeResponse:
         """As `Generation`; PERMISSION_DENIED for a model that the caller may not use."""
-        require_model(request.model, [info.model.name for info in self._inner.models()])
+        require_model(request.model, _served(self._inner, GENERATE, EMBED))
         return await self._inner.detokenize(request)
 
     def abort(self, request_id: str) -> bool:
@@ -97,5 +97,8 @@ def _own_id(admission: Admission, request_id: str) -> str:
     return f"{admission.caller.name} {request_id}"  # no key's name has a space
 
 
-def _served(generation: Generation, rpc: str) -> list[str]:
-    return [info.model.name for info in generation.models() if rpc in info.rpcs]
+def _served(generation: Generation, *rpcs: str) -> Iterator[str]:
+    """Only looked at where the request names no model."""
+    for info in generation.models():
+        if any(rpc in info.rpcs for rpc in rpcs):
+            yield info.model.name
