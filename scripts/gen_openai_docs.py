@@ -14,7 +14,7 @@ from openai.types.responses import response_create_params
 from typing_extensions import get_type_hints, is_typeddict
 
 from services.frontend.edge.fields import BODIES, RequestField, fields_of
-from services.frontend.edge.sampling import MAX_CHOICES
+from services.frontend.request.choices import MAX_CHOICES
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,10 +19,8 @@ from services.frontend.edge.values import (
     Stop,
     StopTokenIds,
 )
+from services.frontend.request.choices import MAX_CHOICES
 from services.requests import LOGIT_BIAS_LIMIT, MAX_LOGIT_BIASES, MAX_TOP_LOGPROBS
-
-MAX_CHOICES = 128
-"""Answers to one HTTP request; the contract's limit on `n`."""
 
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]

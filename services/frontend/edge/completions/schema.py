@@ -7,9 +7,10 @@ from typing import Annotated, cast
 from pydantic import Field, PlainValidator
 
 from services.frontend.edge.formats import ResponseFormat
-from services.frontend.edge.sampling import MAX_CHOICES, Choices, SamplingBody, TopLogprobs
+from services.frontend.edge.sampling import Choices, SamplingBody, TopLogprobs
 from services.frontend.edge.stream_options import StreamOptions
 from services.frontend.edge.values import Handling, Only, Positive, TokenIdList, token_ids
+from services.frontend.request.choices import MAX_CHOICES
 
 PromptValue = str | list[int]
 

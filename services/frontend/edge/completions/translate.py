@@ -11,7 +11,8 @@ from services.frontend.edge.calls import Call, openai_name
 from services.frontend.edge.completions.schema import CompletionRequest, PromptValue
 from services.frontend.edge.formats import grammar_of
 from services.frontend.edge.outputs import Work
-from services.frontend.edge.sampling import MAX_CHOICES, Grammar, chosen_grammar, sampling_params
+from services.frontend.edge.sampling import Grammar, chosen_grammar, sampling_params
+from services.frontend.request.choices import MAX_CHOICES
 from services.requests import MAX_REQUEST_ID_BYTES
 
 DEFAULT_MAX_TOKENS = 16
