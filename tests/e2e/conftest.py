@@ -1,5 +1,6 @@
 """The real thing, once per session: SGLang aggregated, then embedding, then two prefill workers and a decode worker
-behind the kv-aware policy, then a prefill and a decode worker with NIXL between them.
+behind the kv-aware policy, one of which makes room for a second decode worker, then a prefill and a decode worker with
+NIXL between them.
 
 The aggregated worker answers what the pair is compared with, the embedding worker embeds the same prompts, and all are
 gone before the pair starts: two engines at a time is what two cores carry, three where most of them idle.
@@ -8,6 +9,7 @@ gone before the pair starts: two engines at a time is what two cores carry, thre
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from kvbaton.v1 import generate_pb2, generate_pb2_grpc, health_pb2
 from services.models.resolve import resolve_model_path
 from services.tools.cluster import LocalCluster
 from services.tools.options import ClusterOptions
+from tests.e2e.failover import Failover, fail_over
 from tests.e2e.reference import NEW_TOKENS, PROMPT_LENGTHS, Reference, make_prompts
 from tests.e2e.sampling_cases import Given, ask_all_cases
 from tests.support.etcd import etcd_endpoint
@@ -182,9 +185,9 @@ async def embedded(
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def routed(
+async def routed_and_failed_over(
     etcd_endpoint: str, model_path: Path, prompts: dict[int, list[int]], tmp_path_factory: pytest.TempPathFactory
-) -> Routed:
+) -> tuple[Routed, Failover]:
     processes = Processes(etcd_endpoint, tmp_path_factory.mktemp("routing"))
     prefix = prompts[900]
     try:
@@ -207,9 +210,26 @@ async def routed(
             later = [await ended(processes.target, [*prefix, 2, number]) for number in range(4)]
             (other,) = {"prefill-0", "prefill-1"} - {first.prefill_worker}
             elsewhere = await ended(processes.target, [*prefix, 3], prefill_worker=other)
+            # From here on a prefill and two decode workers.
+            processes.signal("prefill-1", signal.SIGTERM)
+            await asyncio.to_thread(processes.processes["prefill-1"].wait, 120)
+            await all_routable(client, 2)
+            processes.worker("decode-1", "decode", sglang=model_path)
+            await all_routable(client, 3, within=400)
+            failover = await fail_over(processes, client, prompts[33], doomed="decode")
     finally:
         await asyncio.to_thread(processes.stop)
-    return Routed(first, later, elsewhere)
+    return Routed(first, later, elsewhere), failover
+
+
+@pytest.fixture(scope="session")
+def routed(routed_and_failed_over: tuple[Routed, Failover]) -> Routed:
+    return routed_and_failed_over[0]
+
+
+@pytest.fixture(scope="session")
+def failover(routed_and_failed_over: tuple[Routed, Failover]) -> Failover:
+    return routed_and_failed_over[1]
 
 
 async def ended(target: str, token_ids: list[int], *, prefill_worker: str = "") -> generate_pb2.Finished:
@@ -226,7 +246,10 @@ async def ended(target: str, token_ids: list[int], *, prefill_worker: str = "") 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def pair(
-    aggregated_answers: Answers, embedded: Embedded, routed: Routed, tmp_path_factory: pytest.TempPathFactory
+    aggregated_answers: Answers,
+    embedded: Embedded,
+    routed: Routed,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Pair]:
     nixl_port = free_port()
     telemetry = {

@@ -24,6 +24,7 @@ from kvbaton.client import Answer, Client, SamplingParams
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2
 from services.requests import Role, Sampling
+from services.worker.engines.protocol import EngineDeadError, EngineDelta, EngineRequest
 from services.worker.engines.simulated import SimulatedEngine, SimulatedOptions
 from services.worker.engines.simulated.oracle import (
     TokenModel,
@@ -32,7 +33,8 @@ from services.worker.engines.simulated.oracle import (
     expected_tokens,
 )
 from tests.support.cluster import MODEL, FakeCluster, HostedWorker
-from tests.support.fake_engine import Behaviour
+from tests.support.fake_engine import Behaviour, FakeEngine
+from tests.support.fake_engine import expected_tokens as fake_tokens
 from tests.support.simulated_engines import do
 from tests.support.waiting import eventually
 
@@ -41,7 +43,7 @@ LENGTH = 60
 GREEDY = SamplingParams(max_new_tokens=LENGTH, temperature=0)
 ORACLE = expected_tokens(PROMPT, Sampling(max_new_tokens=LENGTH, temperature=0.0))
 # An answer takes seconds; behind a failure it takes nothing.
-STEP_SECONDS = 0.05
+STEP_SECONDS = 0.1
 FAST = 0.001
 # Where a worker fails, in tokens that the client has.
 FAILS_AT = 4
@@ -336,6 +338,25 @@ async def test_a_prompt_that_has_grown_too_long_ends_with_the_workers_error(clus
     await eventually(lambda: not any(worker.engine.live for worker in (prefill, *decodes)))
 
 
+async def test_it_takes_the_larger_prefill_where_the_smaller_one_is_too_small_by_now(cluster: FakeCluster) -> None:
+    small = await cluster.start_worker(Role.PREFILL, pool_tokens=48)
+    decodes = [await cluster.start_worker(Role.DECODE, Behaviour(token_seconds=0.5)) for _ in range(2)]
+    await cluster.routable(3)
+    prompt, received, large = list(range(small.engine.info().max_prompt_tokens)), list[int](), False
+    async for chunk in cluster.client.stream(token_ids=prompt, sampling=GREEDY):
+        received += chunk.token_ids
+        if not large:
+            large = True
+            await cluster.start_worker(Role.PREFILL)
+            await cluster.routable(4)
+            (victim,) = [worker for worker in decodes if worker.engine.live]
+            for worker in decodes:
+                worker.engine.behaviour.token_seconds = 0.0
+            victim.engine.die("scheduler killed")
+    assert received == fake_tokens(prompt, LENGTH)
+    assert len(small.engine.seen) == 1
+
+
 async def test_a_worker_that_shuts_down_hands_its_answers_on(workers: Workers) -> None:
     await workers.start(Role.PREFILL)
     await workers.start(Role.DECODE, 2, host={"drain_timeout": 0.05})
@@ -346,6 +367,7 @@ async def test_a_worker_that_shuts_down_hands_its_answers_on(workers: Workers) -
         if not stopped and len(answer.token_ids) >= FAILS_AT:
             stopped = True
             (leaving,) = workers.busy
+            do(_engine(leaving), "slow", factor=1e4)  # what is left would take for ever
             leaving.host.stop()
     assert (answer.token_ids, answer.finished.migrations) == (ORACLE, 1)
 
@@ -440,3 +462,25 @@ async def test_a_worker_takes_no_word_about_migration(workers: Workers) -> None:
         with pytest.raises(RequestError) as caught:
             await client.generate(token_ids=PROMPT, sampling=GREEDY, allow_inexact_migration=False)
     assert (caught.value.code, caught.value.field) == (grpc.StatusCode.INVALID_ARGUMENT, "allow_inexact_migration")
+
+
+class LosesTheEnd(FakeEngine):
+    """Dies behind an answer's last token, before it has said that it is the last."""
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
+        async for delta in super().generate(request):
+            yield EngineDelta(delta.token_ids)
+            await asyncio.sleep(0.02)
+        raise EngineDeadError("scheduler killed")
+
+
+async def test_an_answer_whose_end_alone_is_lost_is_complete(cluster: FakeCluster) -> None:
+    prefill = await cluster.start_worker(Role.PREFILL)
+    await cluster.start_worker(Role.DECODE, engine=LosesTheEnd(Role.DECODE, cluster.rooms))
+    await cluster.routable(2)
+    prompt, sampling = [5, 6, 7], SamplingParams(max_new_tokens=6, temperature=0)
+    answer = await cluster.client.generate(token_ids=prompt, sampling=sampling)
+    assert answer.token_ids == fake_tokens(prompt, 6)
+    assert answer.finished.reason == generate_pb2.FINISH_REASON_LENGTH
+    assert (answer.finished.usage.completion_tokens, answer.finished.migrations) == (6, 0)
+    assert len(prefill.engine.seen) == 1

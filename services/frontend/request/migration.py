@@ -17,6 +17,7 @@ from kvbaton.v1 import generate_pb2
 from services.frontend.link.protocol import LegFinished
 from services.frontend.request.prepare import PreparedRequest
 from services.frontend.router.placement import Placement
+from services.frontend.router.worker import Worker
 from services.requests import Sampling
 from services.telemetry import metrics
 
@@ -27,11 +28,13 @@ class Migration:
     def __init__(self, prepared: PreparedRequest, limit: int) -> None:
         self._prepared = prepared
         self._limit = self._left = limit
-        # What the current move is because of, until the answer goes on.
+        # Until the answer goes on.
         self._cause: RequestError | None = None
+        # What the tokens so far are from.
+        self._weights: tuple[str, str] | None = None
 
-    def begin(self, error: RequestError, taken: Sequence[int]) -> PreparedRequest:
-        """What the next attempt runs, `taken` being all tokens so far.
+    def begin(self, error: RequestError, placement: Placement, taken: Sequence[int]) -> PreparedRequest:
+        """What the next attempt runs, `taken` being all tokens so far, the last of them from `placement`.
 
         Raises the error itself where the limit is reached, and NOT_MIGRATABLE where the answer can't go on exactly.
         """
@@ -45,15 +48,24 @@ class Migration:
             self._count("inexact")
             raise _not_migratable(error, why, len(taken))
         self._left -= 1
-        self._cause = error
+        self._cause, self._weights = error, _weights(placement.decode)
         return replay(self._prepared, taken)
 
-    def require_room(self, placement: Placement, prompt_tokens: int) -> None:
-        """Raises the error that the move is because of where the longer prompt is too long for these workers."""
+    @property
+    def cause(self) -> RequestError:
+        """What the move that is under way is because of."""
+        assert self._cause is not None
+        return self._cause
+
+    def unfit(self, placement: Placement, prompt_tokens: int) -> frozenset[str]:
+        """Instance ids that can't take over: the longer prompt is too long for them, or their weights are others."""
         if self._cause is None:
-            return
-        if any(worker.record.runtime.max_prompt_tokens < prompt_tokens for worker in placement.workers):
-            raise self._cause
+            return frozenset()
+        return frozenset(
+            worker.instance_id
+            for worker in placement.workers
+            if worker.record.runtime.max_prompt_tokens < prompt_tokens or _weights(worker) != self._weights
+        )
 
     def continued(self) -> None:
         """Tokens come, or the end."""
@@ -103,6 +115,11 @@ def lost_end(prepared: PreparedRequest, taken: Sequence[int]) -> LegFinished | N
     else:
         return None
     return LegFinished([], finished)
+
+
+def _weights(worker: Worker) -> tuple[str, str]:
+    """What its numbers come from. While a model is replaced there are two of one name."""
+    return worker.record.model.revision, worker.record.runtime.kv_cache_dtype
 
 
 def _what_is_inexact(sampling: Sampling) -> str:

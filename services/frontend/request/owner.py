@@ -149,8 +149,7 @@ class RequestOwner:
     async def _run(self) -> None:
         """Attempts, until one gives an answer or the last one's error is the request's."""
         while True:
-            placement = await self._placed(self._ticket)
-            self._migration.require_room(placement, len(self._rest.token_ids))
+            placement = await self._placed()
             self._dispatch(placement)
             try:
                 await self._follow()
@@ -171,11 +170,21 @@ class RequestOwner:
                 self._close_attempt(error)
                 await self._pause()
 
+    async def _placed(self) -> Placement:
+        """Waits for workers that can run what is left. Raises RequestError, and EndedError as all that waits does."""
+        while True:
+            placement = await self._turn(self._ticket)
+            unfit = self._migration.unfit(placement, len(self._rest.token_ids))
+            if not unfit:
+                return placement
+            self._ticket.leave()
+            self._retry.exclude(unfit)
+            self._ticket = self._next_place(self._migration.cause)
+
     def _prompt(self) -> Prompt:
         return Prompt(self._rest.token_ids, cache_salt=self._rest.cache_salt)
 
-    async def _placed(self, ticket: Ticket) -> Placement:
-        """Waits for workers. Raises RequestError, and EndedError as all that waits does."""
+    async def _turn(self, ticket: Ticket) -> Placement:
         ticket.describe(self._prompt())
         ticket.deliver_to(lambda result: self._events.put_nowait(FromQueue(ticket, result)))
         while True:
@@ -186,13 +195,16 @@ class RequestOwner:
                 return item.result
 
     def _enter_again(self, error: RequestError, placement: Placement) -> Ticket:
-        """A place for the next attempt. Raises the error, or what stands for it, where there is to be none."""
+        """A place for the next attempt. Raises the error, or NOT_MIGRATABLE, where there is to be none."""
         if taken := self.answer.taken:
-            self._rest = self._migration.begin(error, taken)
+            self._rest = self._migration.begin(error, placement, taken)
             self._clock.renew(self._deadlines(len(self._rest.token_ids)))
         else:
             self._retry.spend(error)
         self._retry.blame(error, placement, handed_over=self.state is State.DECODING)
+        return self._next_place(error)
+
+    def _next_place(self, error: RequestError) -> Ticket:
         prompt = self._prompt()
         for excluded in self._retry.exclusions():
             if (again := self._queue.enter_again(self._ticket, excluded, prompt)) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import grpc
@@ -36,7 +36,7 @@ class RetryPolicy:
     """Further attempts of one request: how many before its first token, and on which workers."""
 
     retries_left: int
-    # Instance ids of workers that failed it, and by role of those that may have.
+    # Instance ids of workers that failed it or are no good to it, and by role of those that may have failed it.
     _failed: set[str] = field(default_factory=set[str])
     _suspects: dict[Role, set[str]] = field(default_factory=lambda: defaultdict(set))
 
@@ -54,6 +54,10 @@ class RetryPolicy:
                 self._suspects[worker.role].add(worker.instance_id)
         else:
             self._failed.update(worker.instance_id for worker in at_fault)
+
+    def exclude(self, unfit: Collection[str]) -> None:
+        """These instance ids can't help, through no fault of theirs."""
+        self._failed.update(unfit)
 
     def exclusions(self) -> Iterator[frozenset[str]]:
         """Instance ids to do without, the safest choice first.

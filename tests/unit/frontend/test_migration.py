@@ -24,6 +24,16 @@ DEAD = RequestError(
 LENGTH, STOP = generate_pb2.FINISH_REASON_LENGTH, generate_pb2.FINISH_REASON_STOP
 
 
+def placement(*, max_prompt_tokens: int = 100, revision: str = "r1") -> Any:
+    runtime = SimpleNamespace(max_prompt_tokens=max_prompt_tokens, kv_cache_dtype="bf16")
+    record = SimpleNamespace(runtime=runtime, model=SimpleNamespace(revision=revision))
+    workers = [
+        SimpleNamespace(role=role, instance_id=name, record=record)
+        for role, name in ((Role.PREFILL, "p0"), (Role.DECODE, "d0"))
+    ]
+    return SimpleNamespace(workers=workers, decode=workers[1])
+
+
 def prepared(sampling: Sampling = GREEDY, **more: Any) -> PreparedRequest:
     ends = frozenset() if sampling.ignore_eos else frozenset({EOS, *sampling.stop_token_ids})
     return PreparedRequest("r", "m", [5, 6, 7], sampling, None, ends=ends, **more)
@@ -90,21 +100,21 @@ def test_an_answer_that_is_all_there_needs_no_other_worker(
 def test_the_limit_counts_the_moves() -> None:
     migration = Migration(prepared(), 2)
     for taken in ([20], [20, 21]):
-        assert migration.begin(DEAD, taken).token_ids == [5, 6, 7, *taken]
+        assert migration.begin(DEAD, placement(), taken).token_ids == [5, 6, 7, *taken]
     with pytest.raises(RequestError) as caught:
-        migration.begin(DEAD, [20, 21, 22])
+        migration.begin(DEAD, placement(), [20, 21, 22])
     assert caught.value is DEAD
 
 
 def test_switched_off_the_workers_own_error_is_the_clients() -> None:
     with pytest.raises(RequestError) as caught:
-        Migration(prepared(replace(GREEDY, frequency_penalty=0.5)), 0).begin(DEAD, [20])
+        Migration(prepared(replace(GREEDY, frequency_penalty=0.5)), 0).begin(DEAD, placement(), [20])
     assert caught.value is DEAD
 
 
 def test_the_error_says_who_failed_why_and_what_keeps_it() -> None:
     with pytest.raises(RequestError) as caught:
-        Migration(prepared(replace(GREEDY, frequency_penalty=0.5)), 3).begin(DEAD, [20, 21])
+        Migration(prepared(replace(GREEDY, frequency_penalty=0.5)), 3).begin(DEAD, placement(), [20, 21])
     error = caught.value
     assert (error.code, error.reason) == (grpc.StatusCode.ABORTED, Reason.NOT_MIGRATABLE)
     assert (error.leg, error.worker, error.room, error.retry_after) == ("decode", "d0", 5, 1.0)
@@ -112,23 +122,14 @@ def test_the_error_says_who_failed_why_and_what_keeps_it() -> None:
         assert part in error.message
 
 
-def placement(*, max_prompt_tokens: int = 100) -> Any:
-    runtime = SimpleNamespace(max_prompt_tokens=max_prompt_tokens)
-    workers = [
-        SimpleNamespace(role=role, instance_id=name, record=SimpleNamespace(runtime=runtime))
-        for role, name in ((Role.PREFILL, "p0"), (Role.DECODE, "d0"))
-    ]
-    return SimpleNamespace(workers=workers)
-
-
-def test_workers_that_are_too_small_for_the_longer_prompt_bring_back_the_error() -> None:
+def test_only_workers_with_room_and_the_same_weights_can_take_over() -> None:
     migration = Migration(prepared(), 3)
-    migration.require_room(placement(max_prompt_tokens=1), 3)  # not under way: the workers themselves say so
-    migration.begin(DEAD, [20])
-    migration.require_room(placement(max_prompt_tokens=4), 4)
-    with pytest.raises(RequestError) as caught:
-        migration.require_room(placement(max_prompt_tokens=3), 4)
-    assert caught.value is DEAD
+    assert not migration.unfit(placement(max_prompt_tokens=1), 3), "the workers themselves say so of a first attempt"
+    migration.begin(DEAD, placement(), [20])
+    assert not migration.unfit(placement(max_prompt_tokens=4), 4)
+    assert migration.unfit(placement(max_prompt_tokens=3), 4) == {"p0", "d0"}
+    assert migration.unfit(placement(revision="r2"), 4) == {"p0", "d0"}
+    assert migration.cause is DEAD
 
 
 def test_behind_the_hand_over_only_the_worker_that_says_so_is_to_blame() -> None:
