@@ -176,8 +176,10 @@ async def test_phases_are_the_first_workers_and_the_usage_is_the_clients(workers
     # What the client's own prompt found in prefill's cache, not what the replay did.
     assert 0 < finished.usage.cached_prompt_tokens <= len(PROMPT)
     timings = finished.timings
-    assert timings.decode.ToNanoseconds() >= (FAILS_AT - 2) * STEP_SECONDS * 1e9
-    assert all(phase.ToNanoseconds() > 0 for phase in (timings.queue, timings.prefill, timings.transfer))
+    assert timings.decode.ToNanoseconds() > 0
+    # Decode's first token may overtake prefill's end: then the transfer took no time.
+    assert all(timings.HasField(phase) for phase in ("queue", "prefill", "transfer"))
+    assert timings.prefill.ToNanoseconds() > 0, "the replay's dispatch lies behind the first token"
 
 
 async def test_seeded_sampling_and_biases_go_on_as_they_would_have(workers: Workers) -> None:
