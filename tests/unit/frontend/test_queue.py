@@ -61,6 +61,7 @@ class FakeWorker:
         self.record.model.name = model
         self.link = FakeLink(free, window)
         self.load = WorkerLoad(dp_size)
+        self.ejected = False
         keeps = role is not Role.DECODE
         self.ranks = [
             WorkerRank(cast("Any", self), name, rank, 16, keeps, load) for rank, load in enumerate(self.load.ranks)
@@ -113,6 +114,9 @@ class FakePairs:
 
     def set(self, prefill: str, decode: str, state: PairState) -> None:
         self.states[prefill, decode] = state
+
+    def doubt(self, _: set[str]) -> None:
+        pass
 
     def keep_only(self, _: set[str]) -> None:
         pass
