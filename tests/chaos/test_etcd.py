@@ -105,6 +105,7 @@ class Cluster:
 
         await eventually(equal, within=SETTLED_WITHIN, every=0.1, what=f"exactly {', '.join(names)}")
         await eventually(self.followed, within=SETTLED_WITHIN, every=0.1, what="a view that is up to date")
+        assert "worker gone" not in self.processes.log("frontend"), "what etcd forgets is unregistered, not gone"
 
     def followed_endpoint(self) -> str:
         """Where the frontend's watch is: with the first member until that has failed."""
@@ -141,11 +142,11 @@ async def cluster(etcd: LocalEtcd, tmp_path: Path) -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def etcdctl(etcd: LocalEtcd, *arguments: str) -> None:
+async def etcdctl(etcd: LocalEtcd, *arguments: str) -> str:
     command = [str(find_binary("etcdctl")), f"--endpoints={etcd.endpoint}", *arguments]
-    await asyncio.to_thread(
-        subprocess.run, command, check=True, capture_output=True, env=os.environ | {"ETCDCTL_API": "3"}
-    )
+    environment = os.environ | {"ETCDCTL_API": "3"}
+    done = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, text=True, env=environment)
+    return done.stdout
 
 
 async def test_frozen_for_three_lease_times(cluster: Cluster, etcd: LocalEtcd) -> None:
@@ -177,6 +178,19 @@ async def test_killed_and_restarted(cluster: Cluster, etcd: LocalEtcd, tmp_path:
             assert cluster.changes() == ["registry_lost", "registry_regained"], "a line a change, not one a retry"
             for name in STAYING:
                 assert cluster.changes(name) == ["lease_renewal_failing", "lease_renewal_regained"]
+
+
+async def test_every_lease_revoked(cluster: Cluster, etcd: LocalEtcd) -> None:
+    """The frontend hears of it before any worker does, and goes on with all of them."""
+    async with steady(cluster.client, PER_SECOND):
+        for lease in (await etcdctl(etcd, "lease", "list")).split()[3:]:
+            await etcdctl(etcd, "lease", "revoke", lease)
+        await eventually(
+            lambda: cluster.processes.log("frontend").count("worker unregistered") == len(STAYING) + 1,
+            what="the frontend has seen every record go",
+        )
+        await cluster.settled(*STAYING, DOOMED)
+    assert cluster.changes() == []
 
 
 async def test_compacted_while_workers_come_and_go(cluster: Cluster, etcd: LocalEtcd) -> None:
