@@ -24,6 +24,7 @@ import grpc
 import grpc.aio
 
 from kvbaton.errors import RequestError, invalid
+from kvbaton.token_ids import pack
 from kvbaton.v1 import (
     embed_pb2,
     embed_pb2_grpc,
@@ -208,6 +209,7 @@ class Client:
         separate_reasoning: bool | None = None,
         n: int | None = None,
         logprobs: int | None = None,
+        allow_inexact_migration: bool | None = None,
         timeout: float | None = None,
         trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[GenerateResponse]:
@@ -215,8 +217,8 @@ class Client:
 
         Beside a chat: `tools` and `tool_choice` ("auto", "none", "required" or a function's name),
         `parallel_tool_calls`, `template_arguments`, `separate_reasoning`, as in `ChatInput`. `n` choices; `logprobs`
-        asks for each token's log probability and those of so many likely ones. `trace_headers` are the caller's W3C
-        trace context: `traceparent`, `tracestate`.
+        asks for each token's log probability and those of so many likely ones. `allow_inexact_migration`: see
+        `GenerateRequest`. `trace_headers` are the caller's W3C trace context: `traceparent`, `tracestate`.
 
         Leaving the iterator early cancels the request. Raises RequestError.
         """
@@ -227,6 +229,8 @@ class Client:
             request.n = n
         if logprobs is not None:
             request.logprobs = logprobs
+        if allow_inexact_migration is not None:
+            request.allow_inexact_migration = allow_inexact_migration
         if sampling is not None:
             request.sampling.CopyFrom(sampling)
         if bootstrap is not None:
@@ -258,6 +262,7 @@ class Client:
         separate_reasoning: bool | None = None,
         n: int | None = None,
         logprobs: int | None = None,
+        allow_inexact_migration: bool | None = None,
         timeout: float | None = None,
         trace_headers: Mapping[str, str] | None = None,
     ) -> Answer:
@@ -278,6 +283,7 @@ class Client:
             separate_reasoning=separate_reasoning,
             n=n,
             logprobs=logprobs,
+            allow_inexact_migration=allow_inexact_migration,
             timeout=timeout,
             trace_headers=trace_headers,
         ):
@@ -383,7 +389,7 @@ def _request(
         raise invalid(f"chat.{fields[0][0].name}", "only with a chat")
     if text is not None:
         return GenerateRequest(text=text)
-    return GenerateRequest(token_ids=generate_pb2.TokenIds(ids=token_ids or ()))
+    return GenerateRequest(token_ids=pack(token_ids or ()))
 
 
 def _chat_options(
@@ -416,7 +422,7 @@ def _tool(tool: Mapping[str, Any]) -> Tool:
 def _embed_input(value: str | Iterable[int]) -> embed_pb2.EmbedInput:
     if isinstance(value, str):
         return embed_pb2.EmbedInput(text=value)
-    return embed_pb2.EmbedInput(token_ids=generate_pb2.TokenIds(ids=value))
+    return embed_pb2.EmbedInput(token_ids=pack(value))
 
 
 def _numbers(float32: bytes) -> list[float]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvbaton.errors import invalid
-from kvbaton.v1 import embed_pb2, worker_pb2
-from services.requests import Limits, check_prompt
+from kvbaton.v1 import embed_pb2, generate_pb2, worker_pb2
+from services.requests import Limits, check_prompt, sent_tokens
 
 # OpenAI's.
 MAX_INPUTS = 2048
@@ -90,6 +90,11 @@ def fit(token_ids: Sequence[int], limits: Limits, *, truncate: bool, field: str)
     longest = limits.max_prompt_tokens
     cut = truncate and len(token_ids) > longest
     return FittedInput(check_prompt(token_ids[:longest] if cut else token_ids, limits, field=field), cut)
+
+
+def fit_sent(wire: generate_pb2.TokenIds, limits: Limits, *, truncate: bool, field: str) -> FittedInput:
+    """`fit` of ids as they came. Raises RequestError naming `field`."""
+    return fit(sent_tokens(wire, field=field), limits, truncate=truncate, field=field)
 
 
 def check_tokens(inputs: Iterable[FittedInput]) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from kvbaton.errors import invalid
+from kvbaton.token_ids import unpack
 from kvbaton.v1 import generate_pb2, worker_pb2
 
 MAX_REQUEST_ID_BYTES = 128
@@ -218,6 +219,14 @@ def check_request_id(request_id: str) -> str:
     return request_id
 
 
+def sent_tokens(wire: generate_pb2.TokenIds, *, field: str = "token_ids") -> Sequence[int]:
+    """The ids of a prompt as they came, unchecked, or an error that names `field`."""
+    try:
+        return unpack(wire)
+    except ValueError as error:
+        raise invalid(field, str(error)) from error
+
+
 def check_prompt(token_ids: Sequence[int], limits: Limits, *, field: str = "token_ids") -> list[int]:
     """The prompt as a list: not empty, inside the context, inside the vocabulary; the cheap checks first."""
     if not token_ids:
@@ -228,13 +237,14 @@ def check_prompt(token_ids: Sequence[int], limits: Limits, *, field: str = "toke
             f"the prompt has {len(token_ids)} tokens, the model takes {limits.max_prompt_tokens}"
             f" (context length {limits.context_length})",
         )
-    if max(token_ids) >= limits.vocab_size:
-        position = next(i for i, token in enumerate(token_ids) if token >= limits.vocab_size)
+    tokens = list(token_ids)  # first: any other sequence makes each number anew, as often as it is looked at
+    if max(tokens) >= limits.vocab_size:
+        position = next(i for i, token in enumerate(tokens) if token >= limits.vocab_size)
         raise invalid(
             field,
-            f"token {token_ids[position]} at position {position} is outside the vocabulary of {limits.vocab_size}",
+            f"token {tokens[position]} at position {position} is outside the vocabulary of {limits.vocab_size}",
         )
-    return list(token_ids)
+    return tokens
 
 
 def check_room(bootstrap: generate_pb2.Bootstrap) -> Room:

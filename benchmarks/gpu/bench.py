@@ -11,21 +11,20 @@ import asyncio
 import contextlib
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.bare import BareAggregated, BareEngine, BarePair
 from benchmarks.gpu.load import Load, run
-from benchmarks.gpu.systems import Baton, System
+from benchmarks.gpu.rows import Measured, table, write_times
+from benchmarks.gpu.systems import Baton, System, Workers
 from kvbaton.client import Client
-from services.tools.bench.results import Results
-from services.tools.bench.samples import Kind
-from services.tools.bench.statistics import Distribution
+from kvbaton.v1 import worker_pb2
 from services.tools.cluster import LocalCluster
 from services.tools.options import ClusterOptions
 
@@ -53,33 +52,36 @@ QUICK = (Load(64, 8, requests=4, concurrency=1), Load(64, 8, requests=12, concur
 async def main(parsed: argparse.Namespace) -> int:
     """The exit status: 1 when a request failed."""
     out: Path = parsed.out
-    loads = QUICK if parsed.quick else LOADS
+    loads = [load for load in (QUICK if parsed.quick else LOADS) if re.search(parsed.loads, load.name)]
     async with contextlib.AsyncExitStack() as stack:
         systems: list[System] = []
         for name in parsed.systems.split(","):
             began = time.monotonic()
-            systems.append(await stack.enter_async_context(_started(name, parsed, out, len(systems))))
+            systems += await stack.enter_async_context(_started(name, parsed, out, len(systems)))
             print(f"{name}: up after {time.monotonic() - began:.0f} s", flush=True)
+        # Two ways to the same engines: the second one would find the first one's prompts in the prefix cache.
+        shared = {"workers": " again"}
         for system in systems:
             for load in loads:  # every shape of batch once
                 warm = Load(load.input_tokens, 4, requests=2 if not load.rate else 8, concurrency=load.concurrency or 8)
                 await run(warm, system, "warm-up")
-        collected: dict[tuple[str, str], list[Results]] = {}
+        measured = {(load.name, each.name): Measured(load.name, each.name) for load in loads for each in systems}
         for number in range(parsed.rounds):
             for load in loads:
                 for system in systems if number % 2 == 0 else reversed(systems):
-                    results = await run(load, system, f"round {number}")
-                    collected.setdefault((load.name, system.name), []).append(results)
-                    for outcome, example in results.examples.items():
+                    turn = await run(load, system, f"round {number}{shared.get(system.name, '')}")
+                    measured[load.name, system.name].rounds.append(turn)
+                    for outcome, example in turn.results.examples.items():
                         print(f"{system.name} {load.name}: {outcome}: {example}", flush=True)
-    rows = [_row(load, system, results) for (load, system), results in collected.items()]
+    rows = [each.row() for each in measured.values()]
+    write_times(list(measured.values()), out / "times.json.gz")
     (out / "bench.json").write_text(json.dumps({"host": platform.node(), "rows": rows}, indent=1))
-    print(_table(rows))
+    print(table(rows))
     return 1 if any(row["failed"] for row in rows) else 0
 
 
 @contextlib.asynccontextmanager
-async def _started(name: str, parsed: argparse.Namespace, out: Path, position: int) -> AsyncGenerator[System]:
+async def _started(name: str, parsed: argparse.Namespace, out: Path, position: int) -> AsyncGenerator[list[System]]:
     # Each engine takes its share of what those before it have left.
     fraction = ["--mem-fraction-static", f"{0.4 + 0.2 * position:g}"]
     flags = [*(parsed.native_args or GPU_FLAGS), *(fraction if parsed.device == "cuda" else [])]
@@ -87,12 +89,12 @@ async def _started(name: str, parsed: argparse.Namespace, out: Path, position: i
         if name in ("baton", "baton-agg"):
             yield await _baton(name, parsed, out, flags, stack)
         else:
-            yield await _bare(name, parsed, out, flags, stack)
+            yield [await _bare(name, parsed, out, flags, stack)]
 
 
 async def _baton(
     name: str, parsed: argparse.Namespace, out: Path, flags: Sequence[str], stack: contextlib.AsyncExitStack
-) -> System:
+) -> list[System]:
     options = ClusterOptions(
         mode="agg" if name == "baton-agg" else "disagg",
         model_path=str(parsed.model),
@@ -106,7 +108,22 @@ async def _baton(
         env={"frontend": dict(pair.split("=", 1) for pair in parsed.frontend_env)},
     )
     cluster = await stack.enter_async_context(LocalCluster(options))
-    return Baton(name, await stack.enter_async_context(Client(cluster.grpc_endpoint)))
+    systems: list[System] = [Baton(name, await stack.enter_async_context(Client(cluster.grpc_endpoint)))]
+    if parsed.workers and name == "baton":
+        systems.append(await _workers(cluster, stack))
+    return systems
+
+
+async def _workers(cluster: LocalCluster, stack: contextlib.AsyncExitStack) -> Workers:
+    """The same engines without the frontend."""
+    clients = {
+        record.role: await stack.enter_async_context(Client(record.grpc_endpoint))
+        for record in cluster.workers.values()
+    }
+    bootstrap = next(each.bootstrap for each in cluster.workers.values() if each.HasField("bootstrap"))
+    return Workers(
+        "workers", clients[worker_pb2.WORKER_ROLE_PREFILL], clients[worker_pb2.WORKER_ROLE_DECODE], bootstrap
+    )
 
 
 async def _bare(
@@ -133,54 +150,13 @@ async def _bare(
     return BarePair(name, prefill, decode, BOOTSTRAP_PORT)
 
 
-def _row(load: str, system: str, rounds: list[Results]) -> dict[str, Any]:
-    """Milliseconds; the median round's percentiles, all rounds' counts."""
-
-    def middle(values: list[float]) -> float:
-        return sorted(values)[len(values) // 2]
-
-    def percentile(distribution: Distribution, share: int) -> float:
-        return distribution.percentiles[{50: 0, 99: 3}[share]] * 1e3
-
-    finished = [each.count(Kind.FINISHED) for each in rounds]
-    return {
-        "load": load,
-        "system": system,
-        "rounds": len(rounds),
-        "finished": sum(finished),
-        "failed": sum(map(len, rounds)) - sum(finished),
-        "requests_per_second": middle([n / each.elapsed for n, each in zip(finished, rounds, strict=True)]),
-        "goodput_share": sum(each.good for each in rounds) / max(1, sum(finished)),
-        **{
-            f"{metric}_p{share}_ms": middle([percentile(each.latency(metric), share) for each in rounds])
-            for metric in ("ttft", "itl")
-            for share in (50, 99)
-        },
-    }
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    head = ("load", "system", "req/s", "TTFT p50", "p99", "ITL p50", "p99", "good", "failed")
-    form = "{:<16} {:<10} {:>7} {:>9} {:>9} {:>8} {:>8} {:>5} {:>6}"
-    lines = [form.format(*head)]
-    lines += [
-        form.format(
-            row["load"],
-            row["system"],
-            *(f"{row[name]:.1f}" for name in ("requests_per_second", "ttft_p50_ms", "ttft_p99_ms")),
-            *(f"{row[name]:.2f}" for name in ("itl_p50_ms", "itl_p99_ms", "goodput_share")),
-            row["failed"],
-        )
-        for row in sorted(rows, key=lambda row: row["load"])
-    ]
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--systems", default="baton,bare", help="of baton, bare, baton-agg, bare-agg, in this order")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--loads", default="", help="only those whose names this regular expression is found in")
+    parser.add_argument("--workers", action="store_true", help="also Baton's workers, asked without the frontend")
     parser.add_argument("--quick", action="store_true", help="two small loads, to see that it runs")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", type=Path, default=MODEL)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
 
+from benchmarks.gpu.rows import Round
 from benchmarks.gpu.systems import Prompt, System
 from services.tools.bench.options import Objective
 from services.tools.bench.results import Results
@@ -38,30 +40,30 @@ class Load:
         return Prompt(random_tokens(draw, self.input_tokens, 150_000), self.output_tokens)
 
 
-async def run(load: Load, system: System, seed: str) -> Results:
+async def run(load: Load, system: System, seed: str) -> Round:
     """All requests to their ends; a failure is an outcome."""
-    results = Results(OBJECTIVES)
-    results.begin(perf_counter())
+    turn = Round(Results(OBJECTIVES))
+    turn.results.begin(perf_counter())
     prompts = [load.prompt(seed, index) for index in range(load.requests)]
     async with asyncio.TaskGroup() as group:
         if load.rate:
             began = perf_counter()
             for index, arrival in zip(range(load.requests), poisson(load.rate, 1), strict=False):
                 await asyncio.sleep(max(0.0, began + arrival - perf_counter()))
-                group.create_task(_one(system, index, prompts[index], results, began + arrival))
+                group.create_task(_one(system, index, prompts[index], turn, began + arrival))
         else:
             indices = iter(range(load.requests))
             for _ in range(load.concurrency):
-                group.create_task(_in_turn(system, indices, prompts, results))
-    return results
+                group.create_task(_in_turn(system, indices, prompts, turn))
+    return turn
 
 
-async def _in_turn(system: System, indices: object, prompts: list[Prompt], results: Results) -> None:
-    for index in indices:  # type: ignore[attr-defined]
-        await _one(system, index, prompts[index], results, None)
+async def _in_turn(system: System, indices: Iterator[int], prompts: list[Prompt], turn: Round) -> None:
+    for index in indices:
+        await _one(system, index, prompts[index], turn, None)
 
 
-async def _one(system: System, index: int, prompt: Prompt, results: Results, start: float | None) -> None:
+async def _one(system: System, index: int, prompt: Prompt, turn: Round, start: float | None) -> None:
     sent = perf_counter()
     sample = Sample(index, sent if start is None else start, sent)
     try:
@@ -74,4 +76,5 @@ async def _one(system: System, index: int, prompt: Prompt, results: Results, sta
         sample.outcome, sample.detail = Outcome(Kind.ERROR, type(error).__name__), str(error)
     sample.ended = perf_counter()
     sample.prompt_tokens = len(prompt.token_ids)
-    results.add(sample)
+    turn.results.add(sample)
+    turn.samples.append(sample)

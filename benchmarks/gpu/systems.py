@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvbaton.client import Client, SamplingParams
+from kvbaton.v1 import worker_pb2
+from kvbaton.v1.generate_pb2 import Bootstrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,32 @@ class Baton:
 
     async def stream(self, prompt: Prompt) -> AsyncIterator[list[int]]:
         """See `System`."""
-        sampling = SamplingParams(max_new_tokens=prompt.output_tokens, temperature=0, ignore_eos=True)
-        async for chunk in self._client.stream(token_ids=prompt.token_ids, sampling=sampling):
+        async for chunk in self._client.stream(token_ids=prompt.token_ids, sampling=_greedy(prompt)):
             if chunk.token_ids:
                 yield list(chunk.token_ids)
+
+
+class Workers:
+    """Baton's prefill and decode worker without its frontend: both legs at once, the room made here."""
+
+    def __init__(self, name: str, prefill: Client, decode: Client, bootstrap: worker_pb2.BootstrapEndpoint) -> None:
+        self.name = name
+        self._prefill, self._decode, self._bootstrap = prefill, decode, bootstrap
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[list[int]]:
+        """See `System`. Prefill's one token is awaited and dropped."""
+        room = Bootstrap(
+            host=self._bootstrap.host, port=self._bootstrap.port, room=1 + secrets.randbelow((1 << 63) - 1)
+        )
+        sampling = _greedy(prompt)
+        prefilling = asyncio.create_task(
+            self._prefill.generate(token_ids=prompt.token_ids, sampling=sampling, bootstrap=room)
+        )
+        async for chunk in self._decode.stream(token_ids=prompt.token_ids, sampling=sampling, bootstrap=room):
+            if chunk.token_ids:
+                yield list(chunk.token_ids)
+        await prefilling
+
+
+def _greedy(prompt: Prompt) -> SamplingParams:
+    return SamplingParams(max_new_tokens=prompt.output_tokens, temperature=0, ignore_eos=True)

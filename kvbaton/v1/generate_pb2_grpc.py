@@ -44,6 +44,7 @@ class GenerateServiceStub:
     priority                      o         -        -       -
     n                             o         -        -       -
     prefill_worker, decode_worker o         -        -       -
+    allow_inexact_migration       o         -        -       -
 
     (1) required when the frontend serves more than one model.
 
@@ -89,6 +90,7 @@ class GenerateServiceServicer:
     priority                      o         -        -       -
     n                             o         -        -       -
     prefill_worker, decode_worker o         -        -       -
+    allow_inexact_migration       o         -        -       -
 
     (1) required when the frontend serves more than one model.
 
@@ -153,6 +155,7 @@ class GenerateService:
     priority                      o         -        -       -
     n                             o         -        -       -
     prefill_worker, decode_worker o         -        -       -
+    allow_inexact_migration       o         -        -       -
 
     (1) required when the frontend serves more than one model.
 

@@ -45,6 +45,7 @@ class GenerateServiceStub:
       priority                      o         -        -       -
       n                             o         -        -       -
       prefill_worker, decode_worker o         -        -       -
+      allow_inexact_migration       o         -        -       -
 
       (1) required when the frontend serves more than one model.
 
@@ -86,6 +87,7 @@ class GenerateServiceAsyncStub(GenerateServiceStub):
       priority                      o         -        -       -
       n                             o         -        -       -
       prefill_worker, decode_worker o         -        -       -
+      allow_inexact_migration       o         -        -       -
 
       (1) required when the frontend serves more than one model.
 
@@ -123,6 +125,7 @@ class GenerateServiceServicer(metaclass=_abc_1.ABCMeta):
       priority                      o         -        -       -
       n                             o         -        -       -
       prefill_worker, decode_worker o         -        -       -
+      allow_inexact_migration       o         -        -       -
 
       (1) required when the frontend serves more than one model.
 

@@ -51,6 +51,9 @@ class FrontendConfig:
         60.0, "seconds that a worker stays routable without its etcd record, if it answers"
     )
     retries: int = flag(2, "further attempts, before the first token, at a request whose workers failed")
+    max_migrations: int = flag(
+        3, "times that an answer goes on with other workers, behind its first token, when its own have failed; 0: never"
+    )
     breaker: BreakerFlags = group(BreakerFlags)
     max_embedding_calls: int = flag(64, "embedding calls at once to each worker; more get RESOURCE_EXHAUSTED")
     embedding_timeout: float = flag(60.0, "seconds that one embedding request may take, with all its attempts")
@@ -75,7 +78,7 @@ class FrontendConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        for name in ("retries", "ready_queue_timeout"):
+        for name in ("retries", "max_migrations", "ready_queue_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")
         for name in ("max_live_requests", "max_queued_requests", "max_buffered_bytes", "max_embedding_calls"):

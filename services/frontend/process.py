@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import structlog
 import uvloop
 
+from services import heap
 from services.config.frontend import FrontendConfig
 from services.config.report import Setting, for_log
 from services.frontend.server import Frontend
@@ -44,6 +45,7 @@ async def _serve(config: FrontendConfig) -> None:
     async with Frontend(config) as frontend:
         if config.access.api_keys is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, frontend.reload_keys)
+        heap.settle()
         await stop.wait()
         stop.clear()
         draining = asyncio.create_task(frontend.drain())

@@ -59,6 +59,9 @@ REQUEST_DURATION_SECONDS = Histogram(
     ["model", "outcome"],
     buckets=_SECONDS,
 )
+# Of answers whose worker failed behind the first token. Outcome: continued, failed (also: nobody took it), inexact (it
+# could not go on as it would have), limit (--max-migrations).
+MIGRATIONS = Counter("kvbaton_migrations", "Times an answer went on elsewhere, or could not.", ["model", "outcome"])
 # Call: Tokenize, Detokenize.
 TEXT_REQUESTS = Counter("kvbaton_text_requests", "Calls of TextService, over HTTP too.", ["call", "outcome"])
 ROUTABLE_WORKERS = Gauge("kvbaton_routable_workers", "Workers that requests can be sent to.", ["role"])

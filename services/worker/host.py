@@ -34,6 +34,7 @@ from kvbaton.v1 import (
     session_pb2_grpc,
     worker_pb2,
 )
+from services import heap
 from services.config.worker import WorkerConfig
 from services.grpc_health import SERVICE_NAME as GRPC_HEALTH_NAME
 from services.http_server import HttpServer
@@ -178,6 +179,7 @@ class WorkerHost(EngineHost):
                 self._core.attach(loaded, window=window)
                 await self._probe_own_socket(grpc_port)
                 await self._contract.check_ready(loaded.record)
+                heap.settle()
         except TimeoutError as error:
             raise BringUpError(f"no answer within --warmup-timeout {self._config.warmup_timeout:g} s") from error
         except Exception as error:

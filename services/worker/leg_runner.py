@@ -15,7 +15,7 @@ from opentelemetry.trace import Span
 from kvbaton.errors import RequestError, invalid
 from kvbaton.v1 import generate_pb2
 from services.modes import GENERATE
-from services.requests import Role, check_logprobs, check_prompt, check_request_id, check_sampling
+from services.requests import Role, check_logprobs, check_prompt, check_request_id, check_sampling, sent_tokens
 from services.telemetry import tracing
 from services.worker.core import Loaded, WorkerCore
 from services.worker.engines.protocol import (
@@ -124,10 +124,12 @@ class LegRunner:
             raise invalid("priority", "requests wait for their turn in the frontend, not here")
         if request.HasField("n"):
             raise invalid("n", "a worker gives one answer; the frontend makes several requests of one")
+        if request.HasField("allow_inexact_migration"):
+            raise invalid("allow_inexact_migration", "a worker's request goes nowhere else; the frontend's may")
         for hint in ("prefill_worker", "decode_worker"):
             if getattr(request, hint):
                 raise invalid(hint, "the frontend chooses workers; this is one already")
-        token_ids = check_prompt(request.token_ids.ids, loaded.limits)
+        token_ids = check_prompt(sent_tokens(request.token_ids), loaded.limits)
         sampling = check_sampling(request.sampling, prompt_tokens=len(token_ids), limits=loaded.limits)
         dp_rank = request.dp_rank if request.HasField("dp_rank") else None
         if dp_rank is not None and dp_rank >= loaded.info.dp_size:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from kvbaton import token_ids
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2, health_pb2
 from services.requests import Role
@@ -48,7 +49,7 @@ class LegLoads:
 
     def expect(self, request: generate_pb2.GenerateRequest, *, dp_size: int, cached_tokens: int = 0) -> LegLoad:
         """A leg has come; `cached_tokens` of its prompt need not be computed, as far as its sender knows."""
-        tokens = len(request.token_ids.ids)
+        tokens = token_ids.count(request.token_ids)
         prefill_tokens = max(0, tokens - cached_tokens) if self._computes_prompts else 0
         return LegLoad(self, self._rank_of(request, dp_size), prefill_tokens, tokens)
 

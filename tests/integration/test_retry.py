@@ -1,4 +1,4 @@
-"""Before the first token a failed attempt goes on elsewhere; after it, it ends with one typed error."""
+"""Before the first token a failed attempt is repeated elsewhere. tests/integration/test_migration.py: behind it."""
 
 from __future__ import annotations
 
@@ -112,26 +112,6 @@ async def test_no_more_attempts_than_promised(cluster: FakeCluster) -> None:
     assert caught.value.reason is Reason.ENGINE_ABORTED
     tried = [worker for worker in cluster.workers if worker.config.role is Role.PREFILL and worker.engine.seen]
     assert len(tried) == 3, "the first attempt and two more, each with another worker"
-
-
-async def test_after_the_first_token_nothing_is_repeated(cluster: FakeCluster) -> None:
-    prefill = await cluster.start_worker(Role.PREFILL)
-    decodes = [await cluster.start_worker(Role.DECODE, Behaviour(token_seconds=0.05)) for _ in range(2)]
-    await cluster.routable(3)
-    received: list[int] = []
-
-    async def read() -> None:
-        sampling = SamplingParams(max_new_tokens=40, temperature=0)
-        async for chunk in cluster.client.stream(token_ids=PROMPT, sampling=sampling):
-            received.extend(chunk.token_ids)
-            if len(received) == 3:
-                next(worker for worker in decodes if worker.engine.live).engine.die("scheduler killed")
-
-    with pytest.raises(RequestError) as caught:
-        await read()
-    assert caught.value.reason is Reason.ENGINE_DEAD
-    assert received == expected_tokens(PROMPT, len(received)), "a prefix of the right answer"
-    assert len(prefill.engine.seen) == 1
 
 
 async def test_the_requests_own_fault_is_not_tried_again(cluster: FakeCluster) -> None:

@@ -37,9 +37,13 @@ DIMENSION = 8
 
 
 def expected_tokens(prompt: list[int], count: int) -> list[int]:
-    """The oracle: what every correct answer to `prompt` begins with."""
-    seed = sum((index + 1) * token for index, token in enumerate(prompt))
-    return [(seed + 31 * index) % 1000 + 100 for index in range(count)]
+    """The oracle: what every correct answer to `prompt` begins with. An answer goes on from any of its tokens."""
+    length, seed = len(prompt), sum((index + 1) * token for index, token in enumerate(prompt))
+    tokens: list[int] = []
+    for index in range(length, length + count):
+        tokens.append((seed + 31 * index) % 1000 + 100)
+        seed += (index + 1) * tokens[-1]
+    return tokens
 
 
 def expected_vector(prompt: list[int], dimensions: int = DIMENSION) -> list[float]:

@@ -61,6 +61,14 @@ def test_retry_only_before_the_first_token() -> None:
     assert {state for state, step in TRANSITIONS if step is Step.RETRY} <= BEFORE_FIRST_TOKEN
 
 
+def test_behind_the_first_token_an_answer_migrates_and_goes_on() -> None:
+    assert [state for state, step in TRANSITIONS if step is Step.MIGRATE] == [State.DECODING]
+    first = (Step.PAIR_CHOSEN, Step.DISPATCHED, Step.LEGS_ACCEPTED, Step.FIRST_TOKEN, Step.MIGRATE)
+    again = (Step.PAIR_CHOSEN, Step.DISPATCHED, Step.LEGS_ACCEPTED, Step.PREFILL_ENDED)
+    # Also a replay may fail before its own first token.
+    assert walk(*first, *again, Step.RETRY, *again, Step.FIRST_TOKEN, Step.COMPLETE) is State.FINISHED
+
+
 def test_whatever_is_alive_can_fail_and_be_cancelled() -> None:
     for step in (Step.ERROR, Step.CANCEL):
         assert {state for state, taken in TRANSITIONS if taken is step} == set(State) - ENDS

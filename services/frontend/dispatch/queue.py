@@ -25,6 +25,7 @@ from services.frontend.link.protocol import Credit
 from services.frontend.router.hints import NO_HINTS, Hints
 from services.frontend.router.placement import Placement, Router, Target
 from services.frontend.router.policies.make import Policies
+from services.frontend.router.policies.policy import Prompt
 from services.frontend.router.worker import Worker
 from services.telemetry import metrics
 
@@ -99,8 +100,11 @@ class DispatchQueue:
             # Those that it names may have gone while it was held.
             self._end_hopeless(ticket.model, [ticket])
 
-    def enter_again(self, ticket: Ticket, excluded: frozenset[str]) -> Ticket | None:
-        """After a failed attempt: at its old place, for workers without `excluded`. None when there are none."""
+    def enter_again(self, ticket: Ticket, excluded: frozenset[str], prompt: Prompt | None = None) -> Ticket | None:
+        """After a failed attempt: at its old place, for workers without `excluded`. None when there are none.
+
+        `prompt` takes the place of the old one.
+        """
         again = Ticket(
             ticket.model,
             priority=ticket.priority,
@@ -112,7 +116,7 @@ class DispatchQueue:
         )
         if not any(again.fits(target) for target in self._targets.possible(ticket.model)):
             return None
-        again.prompt = ticket.prompt
+        again.prompt = prompt or ticket.prompt
         return self._add(again)
 
     def workers_changed(self) -> None:

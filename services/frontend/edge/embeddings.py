@@ -12,7 +12,8 @@ from pydantic import Field, PlainValidator
 from typing_extensions import TypedDict
 
 from kvbaton.errors import RequestError
-from kvbaton.v1 import embed_pb2, generate_pb2
+from kvbaton.token_ids import pack
+from kvbaton.v1 import embed_pb2
 from services.embedding_requests import MAX_INPUTS
 from services.frontend.edge.calls import renamed
 from services.frontend.edge.values import Body, Handling, TokenIdList, token_ids
@@ -143,7 +144,7 @@ def answer_body(response: embed_pb2.EmbedResponse, model: str, encoding: Encodin
 def _input(value: str | list[int]) -> embed_pb2.EmbedInput:
     if isinstance(value, str):
         return embed_pb2.EmbedInput(text=value)
-    return embed_pb2.EmbedInput(token_ids=generate_pb2.TokenIds(ids=value))
+    return embed_pb2.EmbedInput(token_ids=pack(value))
 
 
 def _written(float32: bytes, encoding: EncodingFormat) -> Any:

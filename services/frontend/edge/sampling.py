@@ -72,6 +72,9 @@ class SamplingBody(Body):
     """Leave special tokens out of the text. Default true."""
     priority: Int32 | None = None
     """While requests wait for workers, higher goes first. Default 0."""
+    allow_inexact_migration: bool | None = None
+    """If the worker fails behind the first token, go on with another one also where the rest of the answer may differ
+    from what it would have been: with penalties, or sampling without a seed. Default false."""
     regex: Annotated[str, Field(min_length=1)] | None = None
     """Holds the answer to a regular expression."""
     ebnf: Annotated[str, Field(min_length=1)] | None = None

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import grpc
 
 from kvbaton.errors import Reason, RequestError, invalid
-from kvbaton.v1 import embed_pb2, generate_pb2
+from kvbaton.token_ids import pack
+from kvbaton.v1 import embed_pb2
 from services.embedding_requests import (
     EmbeddingSize,
     FittedInput,
@@ -15,6 +16,7 @@ from services.embedding_requests import (
     check_dimensions,
     check_tokens,
     fit,
+    fit_sent,
     input_field,
 )
 from services.frontend.router.worker import Worker
@@ -36,7 +38,7 @@ class PreparedEmbedding:
         return embed_pb2.EmbedRequest(
             request_id=request_id,
             model=self.model,
-            inputs=[embed_pb2.EmbedInput(token_ids=generate_pb2.TokenIds(ids=each.token_ids)) for each in self.inputs],
+            inputs=[embed_pb2.EmbedInput(token_ids=pack(each.token_ids)) for each in self.inputs],
             dimensions=self.dimensions,
         )
 
@@ -55,7 +57,7 @@ async def prepare(
     inputs = [
         replace(encoded[index], truncated=encoded[index].truncated or len(texts[index]) < len(each.text))
         if index in encoded
-        else fit(each.token_ids.ids, limits, truncate=request.truncate, field=input_field(index))
+        else fit_sent(each.token_ids, limits, truncate=request.truncate, field=input_field(index))
         for index, each in enumerate(request.inputs)
     ]
     return PreparedEmbedding(worker.record.model.name, inputs, dimensions, check_tokens(inputs))

@@ -58,7 +58,8 @@ def _logprobs(wire: LegMessage) -> tuple[TokenLogprob, ...]:
     return tuple(map(TokenLogprob.from_proto, wire.logprobs))
 
 
-LegEvent = LegAccepted | LegTokens | LegFinished | LegFailed
+GoodEvent = LegAccepted | LegTokens | LegFinished
+LegEvent = GoodEvent | LegFailed
 LegSink = Callable[[LegEvent], None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from dataclasses import replace
 
 from kvbaton.errors import RequestError
@@ -21,7 +22,7 @@ _FINISH_REASONS = {
 
 
 class Answer:
-    """Tokens in, outputs out; the phases' times of the last attempt."""
+    """Tokens in, outputs out; the phases' times of the attempt that brought the first token, or of the last one."""
 
     def __init__(self, prepared: PreparedRequest, received: float, tokenization: float | None = None) -> None:
         """`received` is on the monotonic clock, `tokenization` in seconds."""
@@ -31,12 +32,18 @@ class Answer:
         self._tokenization = tokenization
         self._token_gaps = metrics.INTER_TOKEN_LATENCY_SECONDS.of(prepared.model)
         self._placement: Placement | None = None
+        self._routing: float | None = None
+        self._disaggregated = False
         self._dispatched: float | None = None
         self._prefilled: float | None = None
         self._first: float | None = None
         self._last: float | None = None
         self._tokens = 0
         self._cached = 0
+        self.taken = array("I")
+        """Every token that has come, also behind a stop string."""
+        self.migrations = 0
+        """Attempts that were begun behind the first token."""
         self.complete: Finished | None = None
         self.error: RequestError | None = None
 
@@ -58,10 +65,16 @@ class Answer:
     def dispatched(self, placement: Placement) -> None:
         """Both legs of an attempt are on their way."""
         self._placement = placement
-        self._dispatched, self._prefilled = time.monotonic(), None
+        if self.taken:
+            self.migrations += 1
+        else:
+            self._routing, self._disaggregated = placement.routing, placement.prefill is not None
+            self._dispatched, self._prefilled = time.monotonic(), None
 
     def prefilled(self, event: LegTokens | LegFinished) -> None:
         """Prefill's token has left its engine; its end says how much of the prompt its cache held."""
+        if self.migrations:
+            return  # its prompt isn't the client's
         if self._prefilled is None:
             self._prefilled = time.monotonic()
         if isinstance(event, LegFinished):
@@ -78,7 +91,8 @@ class Answer:
         self._last = now
         before = self._tokens
         self._tokens += len(event.token_ids)
-        if isinstance(event, LegFinished):
+        self.taken.extend(event.token_ids)
+        if isinstance(event, LegFinished) and not self.migrations:
             self._cached = max(self._cached, event.finished.usage.cached_prompt_tokens)
         if self._reply is None:
             output, ended, stopped = Output(event.token_ids, logprobs=event.logprobs), False, None
@@ -98,17 +112,16 @@ class Answer:
 
     def timings(self) -> Timings:
         """Seconds of each phase as far as it got."""
-        disaggregated = self._placement is not None and self._placement.prefill is not None
         # Prefill's stream ends after the transfer; whichever told first bounds the prefill phase.
-        prefilled = self._prefilled if disaggregated else self._first
+        prefilled = self._prefilled if self._disaggregated else self._first
         if prefilled is not None and self._first is not None:
             prefilled = min(prefilled, self._first)
         return Timings(
             tokenization=self._tokenization,
             queue=_between(self._received, self._dispatched),
-            routing=None if self._placement is None else self._placement.routing,
+            routing=self._routing,
             prefill=_between(self._dispatched, prefilled),
-            transfer=_between(prefilled, self._first) if disaggregated else None,
+            transfer=_between(prefilled, self._first) if self._disaggregated else None,
             decode=_between(self._first, self._last),
         )
 
@@ -153,6 +166,7 @@ class Answer:
             timings=self.timings(),
             prefill_worker=placement.prefill.instance_id if placement.prefill is not None else "",
             decode_worker=placement.decode.instance_id,
+            migrations=self.migrations,
         )
         return replace(output, finished=self.complete)
 

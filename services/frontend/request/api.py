@@ -61,6 +61,7 @@ class Finished:
     timings: Timings = field(default_factory=Timings)
     prefill_worker: str = ""
     decode_worker: str = ""
+    migrations: int = 0
 
 
 @dataclass(frozen=True, slots=True)

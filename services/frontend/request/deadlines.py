@@ -59,6 +59,10 @@ class DeadlineClock:
             self._phase_seconds = seconds
             self._phase_at = time.monotonic() + seconds
 
+    def renew(self, deadlines: Deadlines) -> None:
+        """From the next phase on these count, for a longer prompt; the total stays what it was."""
+        self._deadlines = deadlines
+
     def token(self) -> None:
         """A token came."""
         self._phase_at = time.monotonic() + self._deadlines.token_gap

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import replace
 
 import grpc
 import structlog
@@ -17,14 +17,16 @@ import structlog
 from kvbaton.errors import Reason, RequestError
 from services.frontend.dispatch.line import Ticket
 from services.frontend.dispatch.queue import DispatchQueue
-from services.frontend.link.protocol import LegAccepted, LegEvent, LegFailed
+from services.frontend.link.protocol import GoodEvent, LegAccepted, LegEvent, LegFailed
 from services.frontend.request.answer import Answer
 from services.frontend.request.api import Output
 from services.frontend.request.attempt import PREFILL_END_TIMEOUT, Attempt
 from services.frontend.request.deadlines import DeadlineClock, Deadlines
+from services.frontend.request.events import End, EndedError, FromLeg, FromQueue, Progress
+from services.frontend.request.migration import Migration, lost_end
 from services.frontend.request.outbox import Outbox
 from services.frontend.request.prepare import PreparedRequest
-from services.frontend.request.retry import RetryPolicy
+from services.frontend.request.retry import RetryPolicy, retryable
 from services.frontend.request.states import RequestState, State, Step
 from services.frontend.request.trace import RequestTrace
 from services.frontend.router.placement import Placement
@@ -32,54 +34,6 @@ from services.frontend.router.policies.policy import Prompt
 from services.requests import Role
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """Somebody other than the legs ends the request: the client, or a shutdown."""
-
-    error: RequestError
-
-
-class _Ended(Exception):  # noqa: N818, not an error of its own
-    """Carries an `_End` out; no RequestError, so that no retry takes it for an attempt's failure."""
-
-    def __init__(self, error: RequestError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-@dataclass(frozen=True, slots=True)
-class _FromLeg:
-    """What a leg of some attempt says."""
-
-    attempt: Attempt
-    role: Role
-    event: LegEvent
-
-
-@dataclass(frozen=True, slots=True)
-class _FromQueue:
-    """Workers, or that there will be none."""
-
-    ticket: Ticket
-    result: Placement | RequestError
-
-
-class Progress(Protocol):
-    """Whom an owner tells how far it has come."""
-
-    def choice_prefilled(self) -> None:
-        """The prompt has been computed; more than once."""
-        ...
-
-    def choice_failed(self, error: RequestError) -> None:
-        """There will be no answer; its legs are being ended."""
-        ...
-
-    def choice_ended(self) -> None:
-        """Every leg is gone; the last call."""
-        ...
 
 
 class RequestOwner:
@@ -93,8 +47,9 @@ class RequestOwner:
         *,
         outbox: Outbox,
         progress: Progress,
-        deadlines: Deadlines,
+        deadlines: Callable[[int], Deadlines],
         retries: int,
+        migrations: int,
         received: float,
         tokenization: float | None,
         trace: RequestTrace,
@@ -102,6 +57,8 @@ class RequestOwner:
     ) -> None:
         """`ticket` is the choice's first place in the queue. `received` is on the monotonic clock.
 
+        `deadlines` are those of a prompt of so many tokens; further attempts number at most `retries` before the first
+        token and `migrations` behind it.
         `tokenization` is in seconds; None for a prompt that came as tokens.
         """
         self._prepared = prepared
@@ -109,11 +66,15 @@ class RequestOwner:
         self._progress = progress
         self._queue = queue
         self._ticket = ticket
-        self._clock = DeadlineClock(deadlines)
+        # What the next attempt runs: behind the first token only the rest.
+        self._rest = prepared
+        self._deadlines = deadlines
+        self._clock = DeadlineClock(deadlines(len(prepared.token_ids)))
         self._retry = RetryPolicy(retries)
+        self._migration = Migration(prepared, migrations)
         self._trace = trace
         self._state = RequestState()
-        self._events: asyncio.Queue[_FromLeg | _FromQueue | _End] = asyncio.Queue()
+        self._events: asyncio.Queue[FromLeg | FromQueue | End] = asyncio.Queue()
         self._outbox = outbox
         self._attempt: Attempt | None = None
         self._closing: list[asyncio.Task[None]] = []
@@ -156,12 +117,12 @@ class RequestOwner:
 
     def end(self, error: RequestError) -> None:
         """Ends both legs; the request then fails with the error. Without effect on one that has ended."""
-        self._events.put_nowait(_End(error))
+        self._events.put_nowait(End(error))
 
     async def _own(self) -> None:
         try:
             await self._run()
-        except _Ended as ended:
+        except EndedError as ended:
             self._fail(ended.error)
         except RequestError as error:
             self._fail(error)
@@ -180,6 +141,7 @@ class RequestOwner:
         """The client is told at once; the legs are ended afterwards."""
         if not self._state.ended:
             self._state.take(Step.CANCEL if error.code is grpc.StatusCode.CANCELLED else Step.ERROR)
+        self._migration.failed()
         room = self._attempt.room_number if self._attempt is not None else 0
         self.answer.error = self._prepared.as_sent(error).with_context(room=room, request_id=self.request_id)
         self._progress.choice_failed(self.answer.error)
@@ -188,38 +150,54 @@ class RequestOwner:
         """Attempts, until one gives an answer or the last one's error is the request's."""
         while True:
             placement = await self._placed(self._ticket)
+            self._migration.require_room(placement, len(self._rest.token_ids))
             self._dispatch(placement)
             try:
                 await self._follow()
                 return
             except RequestError as error:
-                if self.state is State.DECODING or not self._retry.allows(error, placement):
+                if not retryable(error):
                     raise
-                again = next(filter(None, map(self._enter_again, self._retry.exclusions())), None)
-                if again is None:
-                    raise  # nobody is left to try: what failed is the better answer
-                self._ticket = again
-                log.info("attempt failed", request_id=self.request_id, attempt=self.attempts, error=str(error))
-                self._clock.enter(self._state.take(Step.RETRY))
+                self._ticket = self._enter_again(error, placement)
+                log.info(
+                    "answer migrates" if self.answer.taken else "attempt failed",
+                    request_id=self.request_id,
+                    attempt=self.attempts,
+                    tokens=len(self.answer.taken),
+                    error=str(error),
+                )
+                step = Step.MIGRATE if self.state is State.DECODING else Step.RETRY
+                self._clock.enter(self._state.take(step))
                 self._close_attempt(error)
                 await self._pause()
 
     async def _placed(self, ticket: Ticket) -> Placement:
-        """Waits for workers. Raises RequestError, and _Ended as all that waits does."""
-        ticket.describe(Prompt(self._prepared.token_ids))
-        ticket.deliver_to(lambda result: self._events.put_nowait(_FromQueue(ticket, result)))
+        """Waits for workers. Raises RequestError, and EndedError as all that waits does."""
+        ticket.describe(Prompt(self._rest.token_ids))
+        ticket.deliver_to(lambda result: self._events.put_nowait(FromQueue(ticket, result)))
         while True:
             item = await self._next_event()
-            if isinstance(item, _FromQueue) and item.ticket is ticket:
+            if isinstance(item, FromQueue) and item.ticket is ticket:
                 if isinstance(item.result, RequestError):
                     raise item.result
                 return item.result
 
-    def _enter_again(self, excluded: frozenset[str]) -> Ticket | None:
-        return self._queue.enter_again(self._ticket, excluded)
+    def _enter_again(self, error: RequestError, placement: Placement) -> Ticket:
+        """A place for the next attempt. Raises the error, or what stands for it, where there is to be none."""
+        if taken := self.answer.taken:
+            self._rest = self._migration.begin(error, taken)
+            self._clock.renew(self._deadlines(len(self._rest.token_ids)))
+        else:
+            self._retry.spend(error)
+        self._retry.blame(error, placement, handed_over=self.state is State.DECODING)
+        prompt = Prompt(self._rest.token_ids)
+        for excluded in self._retry.exclusions():
+            if (again := self._queue.enter_again(self._ticket, excluded, prompt)) is not None:
+                return again
+        raise error  # nobody is left to try: what failed is the better answer
 
     async def _pause(self) -> None:
-        """A moment before the next attempt. Raises _Ended."""
+        """A moment before the next attempt. Raises EndedError."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._retry.pause()):
                 while True:
@@ -230,7 +208,7 @@ class RequestOwner:
         self._ticket.spend()
         self.attempts += 1
         span = self._trace.attempt(self.attempts, self._choice)
-        self._attempt = Attempt(self._prepared, placement, self._from_leg, span)
+        self._attempt = Attempt(self._rest, placement, self._from_leg, span)
         self.answer.dispatched(placement)
         self._attempt.dispatch()
         self._clock.enter(self._state.take(Step.DISPATCHED))
@@ -244,17 +222,16 @@ class RequestOwner:
         self._attempt = None
 
     def _from_leg(self, attempt: Attempt, role: Role, event: LegEvent) -> None:
-        self._events.put_nowait(_FromLeg(attempt, role, event))
+        self._events.put_nowait(FromLeg(attempt, role, event))
 
     async def _follow(self) -> None:
-        """Until the answer is complete. Raises the attempt's error, or _Ended."""
+        """Until the answer is complete. Raises the attempt's error, or EndedError."""
         while True:
             item = await self._next_event()
-            if isinstance(item, _FromQueue) or item.attempt is not self._attempt:
+            if isinstance(item, FromQueue) or item.attempt is not self._attempt:
                 continue  # an earlier attempt's legs still say goodbye
-            if isinstance(item.event, LegFailed):
-                raise item.event.error
-            output = self._take(item.attempt, item.role, item.event)
+            event = self._unless_failed(item)
+            output = None if event is None else self._take(item.attempt, item.role, event)
             if output is None:
                 continue
             if output.finished is None:
@@ -265,19 +242,35 @@ class RequestOwner:
             self._put(self.answer.with_prefills_word(output))
             return
 
+    def _unless_failed(self, item: FromLeg) -> GoodEvent | None:
+        """The event; for the failure of a leg that isn't needed any more what is left of it. Raises RequestError."""
+        if not isinstance(item.event, LegFailed):
+            return item.event
+        if item.role is Role.PREFILL and self.state is State.DECODING:
+            # Decode has the whole KV cache, or it had no first token.
+            log.warning(
+                "prefill failed behind the first token", request_id=self.request_id, error=str(item.event.error)
+            )
+            item.attempt.hand_over.give_up()
+            return None
+        end = lost_end(self._prepared, self.answer.taken) if retryable(item.event.error) else None
+        if end is None:
+            raise item.event.error
+        return end
+
     def _put(self, output: Output) -> None:
         self._outbox.put(replace(output, index=self._choice) if self._choice else output)
 
     async def _settle_hand_over(self, attempt: Attempt) -> None:
         """A short answer may be complete before prefill's token is here; without the comparison it proves nothing.
 
-        Raises RequestError when the tokens differ, and _Ended.
+        Raises RequestError when the tokens differ, and EndedError.
         """
         try:
             async with asyncio.timeout(PREFILL_END_TIMEOUT):
                 while not attempt.hand_over.settled:
                     item = await self._event()
-                    if isinstance(item, _FromQueue) or item.attempt is not attempt or item.role is not Role.PREFILL:
+                    if isinstance(item, FromQueue) or item.attempt is not attempt or item.role is not Role.PREFILL:
                         continue
                     if isinstance(item.event, LegFailed):
                         log.warning("prefill failed behind its answer", request_id=self.request_id)
@@ -286,9 +279,8 @@ class RequestOwner:
         except TimeoutError:
             log.warning("no word from prefill", request_id=self.request_id, seconds=PREFILL_END_TIMEOUT)
 
-    def _take(self, attempt: Attempt, role: Role, event: LegEvent) -> Output | None:
+    def _take(self, attempt: Attempt, role: Role, event: GoodEvent) -> Output | None:
         """One event of a leg that goes on, or ends well; what the client gets of it."""
-        assert not isinstance(event, LegFailed)
         if isinstance(event, LegAccepted):
             if attempt.accepted and self.state is State.BOOTSTRAPPING:
                 self._clock.enter(self._state.take(Step.LEGS_ACCEPTED))
@@ -307,11 +299,12 @@ class RequestOwner:
             self._clock.enter(self._state.take(Step.FIRST_TOKEN))
             self._progress.choice_prefilled()
         self._clock.token()
+        self._migration.continued()
         output = self.answer.take(event)
         return output if output.token_ids or output.finished is not None else None
 
-    async def _next_event(self) -> _FromLeg | _FromQueue:
-        """Within the request's deadlines. Raises RequestError where one passes, and _Ended."""
+    async def _next_event(self) -> FromLeg | FromQueue:
+        """Within the request's deadlines. Raises RequestError where one passes, and EndedError."""
         if not self._events.empty():
             return await self._event()
         try:
@@ -320,9 +313,9 @@ class RequestOwner:
         except TimeoutError:
             raise self._clock.expired() from None
 
-    async def _event(self) -> _FromLeg | _FromQueue:
-        """Raises _Ended where somebody ends the request."""
+    async def _event(self) -> FromLeg | FromQueue:
+        """Raises EndedError where somebody ends the request."""
         item = await self._events.get()
-        if isinstance(item, _End):
-            raise _Ended(item.error)
+        if isinstance(item, End):
+            raise EndedError(item.error)
         return item

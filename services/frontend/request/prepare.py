@@ -26,6 +26,7 @@ from services.requests import (
     check_prompt,
     check_sampling,
     check_stops,
+    sent_tokens,
 )
 
 _GRAMMAR_FIELDS = frozenset(f"sampling.{kind.value}" for kind in GrammarKind)
@@ -46,6 +47,10 @@ class PreparedRequest:
     logprobs: int | None = None
     grammar_field: str = ""
     """The client's field that a chat's grammar is from; a worker knows it by the field that it came in."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end the answer once it has `min_new_tokens`."""
+    inexact_migration: bool = False
+    """Whether the answer may go on elsewhere where it would be another one."""
 
     def as_sent(self, error: RequestError) -> RequestError:
         """The error of a worker, by the names of what the client has sent."""
@@ -95,6 +100,8 @@ async def prepare(
         text=_reply_format(request, worker.text, prompt, stops),
         logprobs=logprobs,
         grammar_field=grammar_field,
+        ends=_ends(sampling, worker),
+        inexact_migration=request.allow_inexact_migration,
     )
 
 
@@ -161,7 +168,7 @@ def _without_length(params: generate_pb2.SamplingParams) -> generate_pb2.Samplin
 async def _prompt(request: generate_pb2.GenerateRequest, worker: Worker, limits: Limits) -> _Prompt:
     match request.WhichOneof("input"):
         case "token_ids":
-            return _Prompt(request.token_ids.ids, "token_ids")
+            return _Prompt(sent_tokens(request.token_ids), "token_ids")
         case "text":
             if not request.text:
                 raise invalid("text", "the prompt is empty")
@@ -218,6 +225,13 @@ async def _render(chat: Chat, text_model: TextModel) -> str:
 
 def _unusable_template(error: ChatTemplateError) -> RequestError:
     return RequestError(grpc.StatusCode.FAILED_PRECONDITION, Reason.NO_TOKENIZER, f"chat: {error}", field="chat")
+
+
+def _ends(sampling: Sampling, worker: Worker) -> frozenset[int]:
+    if sampling.ignore_eos:
+        return frozenset()
+    of_model = () if worker.model_info is None else worker.model_info.eos_token_ids
+    return frozenset((*of_model, *sampling.stop_token_ids))
 
 
 def _require_text(worker: Worker, field: str) -> TextModel:

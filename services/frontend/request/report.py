@@ -79,6 +79,8 @@ class Report:
     def write(self) -> None:
         """Into the log."""
         several = {"choices": len(self.answers)} if len(self.answers) > 1 else {}
+        if migrations := sum(answer.migrations for answer in self.answers):
+            several["migrations"] = migrations
         log.info(
             "request ended",
             request_id=self.request_id,

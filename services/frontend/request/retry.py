@@ -1,4 +1,4 @@
-"""Which failures another pair may cure, and which workers it must do without."""
+"""Which failures other workers may cure, and which workers a request must do without."""
 
 from __future__ import annotations
 
@@ -33,25 +33,27 @@ _JITTER_SECONDS = 0.05
 
 @dataclass
 class RetryPolicy:
-    """Attempts of one request before its first token."""
+    """Further attempts of one request: how many before its first token, and on which workers."""
 
     retries_left: int
     # Instance ids of workers that failed it, and by role of those that may have.
     _failed: set[str] = field(default_factory=set[str])
     _suspects: dict[Role, set[str]] = field(default_factory=lambda: defaultdict(set))
 
-    def allows(self, error: RequestError, placement: Placement) -> bool:
-        """Whether to try again; remembers the workers at fault."""
-        if self.retries_left <= 0 or not retryable(error):
-            return False
+    def spend(self, error: RequestError) -> None:
+        """One more try before the first token. Raises the error where there is none left."""
+        if self.retries_left <= 0:
+            raise error
         self.retries_left -= 1
+
+    def blame(self, error: RequestError, placement: Placement, *, handed_over: bool = False) -> None:
+        """Remembers the workers at fault; behind the hand-over (`handed_over`) that is the one that says so."""
         at_fault = [worker for worker in placement.workers if worker.role.value == error.leg]
-        if error.reason in EITHER_ONES_FAULT or not at_fault:
+        if (error.reason in EITHER_ONES_FAULT and not handed_over) or not at_fault:
             for worker in placement.workers:
                 self._suspects[worker.role].add(worker.instance_id)
         else:
             self._failed.update(worker.instance_id for worker in at_fault)
-        return True
 
     def exclusions(self) -> Iterator[frozenset[str]]:
         """Instance ids to do without, the safest choice first.

@@ -9,7 +9,7 @@ class State(StrEnum):
     """Where a request is. The last three are ends."""
 
     ADMITTED = "admitted"
-    """Waits for workers (and, after a failed attempt, for others)."""
+    """Waits for workers; after a failed attempt for others, which a client that has tokens already doesn't notice."""
     PAIRED = "paired"
     BOOTSTRAPPING = "bootstrapping"
     """The legs are on their way; not all workers have accepted theirs."""
@@ -33,6 +33,7 @@ class Step(StrEnum):
     FIRST_TOKEN = "first token"
     COMPLETE = "complete"
     RETRY = "retry"
+    MIGRATE = "migrate"
     ERROR = "error"
     CANCEL = "cancel"
 
@@ -50,8 +51,10 @@ TRANSITIONS: dict[tuple[State, Step], State] = {
     (State.PREFILLING, Step.FIRST_TOKEN): State.DECODING,
     (State.DECODING, Step.PREFILL_ENDED): State.DECODING,
     (State.DECODING, Step.COMPLETE): State.FINISHED,
-    # Nothing has been sent to the client yet, so another pair can start over.
+    # The attempt has given the client nothing, so another pair can start where it started.
     **{(state, Step.RETRY): State.ADMITTED for state in _BEFORE_FIRST_TOKEN},
+    # Another pair goes on behind what the client has.
+    (State.DECODING, Step.MIGRATE): State.ADMITTED,
     **{(state, Step.ERROR): State.FAILED for state in State if state not in ENDS},
     **{(state, Step.CANCEL): State.CANCELLED for state in State if state not in ENDS},
 }

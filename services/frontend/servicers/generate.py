@@ -84,6 +84,7 @@ def _write_finished(wire: generate_pb2.Finished, finished: Finished, request_id:
     wire.usage.cached_prompt_tokens = finished.cached_prompt_tokens
     wire.request_id = request_id
     wire.prefill_worker, wire.decode_worker = finished.prefill_worker, finished.decode_worker
+    wire.migrations = finished.migrations
     timings = finished.timings
     for phase, seconds in (
         (wire.timings.queue, timings.queue),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
+from kvbaton import token_ids
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2
-from services.requests import Limits, Role, check_prompt, check_sampling
+from services.requests import Limits, Role, check_prompt, check_sampling, sent_tokens
 from services.worker.engines.protocol import ProbePayload
 
 _FLAG = "--health-check-payload"
@@ -44,7 +45,7 @@ class HealthCheck:
                 raise ValueError(f"{_FLAG}: sampling.{field.name} is the frontend's")
         if role is Role.EMBEDDING and request.HasField("sampling"):
             raise ValueError(f"{_FLAG}: sampling: an embedding worker samples nothing")
-        if not request.token_ids.ids:
+        if not token_ids.count(request.token_ids):
             raise ValueError(f"{_FLAG}: token_ids.ids is missing")
         return cls(request)
 
@@ -55,7 +56,7 @@ class HealthCheck:
         params = generate_pb2.SamplingParams(max_new_tokens=1, temperature=0.0)
         params.MergeFrom(self._request.sampling)
         try:
-            tokens = check_prompt(self._request.token_ids.ids, limits)
+            tokens = check_prompt(sent_tokens(self._request.token_ids), limits)
             return ProbePayload(tuple(tokens), check_sampling(params, prompt_tokens=len(tokens), limits=limits))
         except RequestError as error:
             raise ValueError(f"{_FLAG}: {error.message}") from error

@@ -20,7 +20,7 @@ from services.embedding_requests import (
     check_count,
     check_dimensions,
     check_tokens,
-    fit,
+    fit_sent,
     input_field,
 )
 from services.modes import EMBED
@@ -140,7 +140,7 @@ def _check(request: embed_pb2.EmbedRequest, loaded: Loaded) -> _Checked:
             field = input_field(index, given or "token_ids")
             raise invalid(field, "a worker takes token_ids only; text is the frontend's")
     inputs = [
-        fit(each.token_ids.ids, loaded.limits, truncate=request.truncate, field=input_field(index))
+        fit_sent(each.token_ids, loaded.limits, truncate=request.truncate, field=input_field(index))
         for index, each in enumerate(request.inputs)
     ]
     return _Checked(inputs, dimensions, check_tokens(inputs))

@@ -99,6 +99,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "ignore_eos": (True, LEFT_OUT),
     "skip_special_tokens": (False, LEFT_OUT),
     "priority": (5, LEFT_OUT),
+    "allow_inexact_migration": (True, LEFT_OUT),
     "regex": ("a", LEFT_OUT),
     "ebnf": ('root ::= "a"', LEFT_OUT),
     "json_schema": ("{}", LEFT_OUT),

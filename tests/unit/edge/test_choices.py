@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from kvbaton.errors import Reason, invalid
+from kvbaton.token_ids import unpack
 from services.frontend.request.api import Finished, FinishReason, Output
 from tests.unit.edge.fakes import Hang, ScriptedGeneration, Scripts, Step, ended, failure, said
 from tests.unit.edge.harness import CHAT, COMPLETIONS, ROUTES, error_of, events_of, post
@@ -115,7 +116,7 @@ class TestSeveralPrompts:
     async def test_each_is_a_request_of_its_own(self, prompt: list[Any], inputs: list[Any]) -> None:
         generation = ScriptedGeneration()
         answer = await completed(generation, prompt, seed=3, max_tokens=5)
-        given = [r.text or list(r.token_ids.ids) for r in generation.requests]
+        given = [r.text or list(unpack(r.token_ids)) for r in generation.requests]
         assert sorted(given, key=str) == sorted(inputs, key=str)
         assert {r.sampling.seed for r in generation.requests} == {3}
         assert sorted(r.request_id for r in generation.requests) == [f"{answer['id']}-0", f"{answer['id']}-1"]

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from kvbaton.errors import Reason, invalid
+from kvbaton.token_ids import unpack
 from tests.unit.edge.fakes import MODEL, ScriptedEmbedding, ScriptedGeneration, failure
 from tests.unit.edge.harness import embedding_in_memory, error_of, served
 
@@ -38,7 +39,7 @@ async def test_every_form_of_input(given: Any, forwarded: list[Any]) -> None:
     embedding = ScriptedEmbedding()
     assert (await post(embedding, input=given)).status_code == 200
     (request,) = embedding.requests
-    assert [each.text or list(each.token_ids.ids) for each in request.inputs] == forwarded
+    assert [each.text or list(unpack(each.token_ids)) for each in request.inputs] == forwarded
 
 
 async def test_fields_are_forwarded_and_left_out_ones_stay_unset() -> None:

@@ -10,6 +10,7 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
+from kvbaton.token_ids import unpack
 from kvbaton.v1 import generate_pb2
 from services.frontend.edge.chat.schema import ChatCompletionRequest
 from services.frontend.edge.completions.schema import CompletionRequest
@@ -275,7 +276,7 @@ async def test_a_text_prompt(prompt: object) -> None:
 async def test_a_prompt_of_token_ids(prompt: object) -> None:
     request = await forwarded(COMPLETIONS, prompt=prompt)
     assert request.WhichOneof("input") == "token_ids"
-    assert list(request.token_ids.ids) == [1, 2, 4294967295]
+    assert list(unpack(request.token_ids)) == [1, 2, 4294967295]
 
 
 async def test_a_conversation() -> None:

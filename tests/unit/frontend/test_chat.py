@@ -54,6 +54,7 @@ class Model:
         self.tokenizer = tokenizer
         self._worker: Any = SimpleNamespace(
             text=TextModel(tokenizer, ChatTemplate(template, {})),
+            model_info=None,
             record=SimpleNamespace(
                 model=SimpleNamespace(name="m"),
                 runtime=worker_pb2.RuntimeConfig(**runtime),  # pyright: ignore[reportArgumentType]

@@ -40,6 +40,7 @@ def worker_with(tokenizer: TextTokenizer) -> Any:
     chat = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
     return SimpleNamespace(
         text=TextModel(tokenizer, chat),
+        model_info=None,
         record=SimpleNamespace(model=SimpleNamespace(name="m"), runtime=worker_pb2.RuntimeConfig()),
     )
 

@@ -39,6 +39,7 @@ def chat_call(body: ChatCompletionRequest, request_id: str) -> Call:
         chat=chat_input(body, body.messages),
         sampling=sampling_params(body, max_tokens, grammar),
         priority=body.priority,
+        allow_inexact_migration=body.allow_inexact_migration,
         n=body.n,
         logprobs=_logprobs(body),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from kvbaton.errors import invalid
+from kvbaton.token_ids import pack
 from kvbaton.v1 import generate_pb2
 from services.frontend.edge.calls import Call, openai_name
 from services.frontend.edge.completions.schema import CompletionRequest, PromptValue
@@ -52,13 +53,14 @@ def _call(
         model=body.model,
         sampling=sampling_params(body, max_tokens, grammar),
         priority=body.priority,
+        allow_inexact_migration=body.allow_inexact_migration,
         n=body.n,
         logprobs=body.logprobs,
     )
     if isinstance(prompt, str):
         request.text = prompt
     else:
-        request.token_ids.CopyFrom(generate_pb2.TokenIds(ids=prompt))
+        request.token_ids.CopyFrom(pack(prompt))
     renames = _NAMES if grammar is None else _NAMES | {f"sampling.{grammar.kind}": grammar.place}
     return Call(request, partial(openai_name, renames=renames, input_name=input_name))
 

@@ -51,6 +51,7 @@ def responses_call(body: ResponsesRequest, request_id: str) -> Call:
         chat=_chat_input(body, conversation.messages),
         sampling=sampling_params(body, body.max_output_tokens, grammar),
         priority=body.priority,
+        allow_inexact_migration=body.allow_inexact_migration,
         logprobs=_logprobs(body),
     )
     effort_only = body.chat_template_kwargs is None

@@ -1,0 +1,140 @@
+"""What goes on elsewhere, what may not, and an answer whose end alone was lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from kvbaton.errors import Reason, RequestError
+from kvbaton.v1 import generate_pb2
+from services.frontend.request.migration import Migration, lost_end, replay, what_keeps
+from services.frontend.request.prepare import PreparedRequest
+from services.frontend.request.retry import RetryPolicy
+from services.requests import Grammar, GrammarKind, Role, Sampling
+
+EOS = 2
+GREEDY = Sampling(max_new_tokens=10, min_new_tokens=4, temperature=0.0, stop_token_ids=(9,))
+DEAD = RequestError(
+    grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_DEAD, "killed", leg="decode", worker="d0", room=5, retry_after=1.0
+)
+LENGTH, STOP = generate_pb2.FINISH_REASON_LENGTH, generate_pb2.FINISH_REASON_STOP
+
+
+def prepared(sampling: Sampling = GREEDY, **more: Any) -> PreparedRequest:
+    ends = frozenset() if sampling.ignore_eos else frozenset({EOS, *sampling.stop_token_ids})
+    return PreparedRequest("r", "m", [5, 6, 7], sampling, None, ends=ends, **more)
+
+
+def test_the_rest_is_a_request_of_its_own() -> None:
+    rest = replay(prepared(logprobs=3), [20, 21, 22])
+    assert rest.token_ids == [5, 6, 7, 20, 21, 22]
+    assert rest.sampling == replace(GREEDY, max_new_tokens=7, min_new_tokens=1)
+    assert rest.logprobs == 3
+    assert replay(prepared(), [20] * 6).sampling.min_new_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, ""),
+        ({"logit_bias": ((5, 1.0),)}, ""),
+        ({"temperature": 0.7, "seed": 0}, ""),
+        ({"temperature": 0.7, "top_k": 1}, ""),
+        ({"temperature": 0.7}, "sampling.temperature without sampling.seed"),
+        ({"frequency_penalty": -0.1}, "sampling.frequency_penalty"),
+        ({"presence_penalty": 0.1, "seed": 3}, "sampling.presence_penalty"),
+        ({"repetition_penalty": 0.9}, "sampling.repetition_penalty"),
+        ({"grammar": Grammar(GrammarKind.EBNF, "root ::= [a]")}, "sampling.ebnf"),
+    ],
+)
+def test_what_keeps_an_answer_where_it_is(changes: dict[str, Any], why: str) -> None:
+    request = prepared(replace(GREEDY, min_new_tokens=0, **changes))
+    assert what_keeps(request) == why
+    allowed = what_keeps(replace(request, inexact_migration=True))
+    assert allowed == (why if "grammar" in changes else "")
+
+
+def test_a_grammar_is_called_what_the_client_calls_it() -> None:
+    sampling = replace(GREEDY, grammar=Grammar(GrammarKind.STRUCTURAL_TAG, "{}"))
+    assert what_keeps(prepared(sampling, grammar_field="chat.tool_choice")) == "chat.tool_choice"
+
+
+@pytest.mark.parametrize(
+    ("taken", "changes", "reason"),
+    [
+        ([], {}, None),
+        ([20] * 9, {}, None),
+        ([20] * 10, {}, LENGTH),
+        ([20, 20, 20, 20, EOS], {}, STOP),
+        ([20, 20, 20, 9], {}, STOP),
+        ([20] * 9 + [EOS], {}, STOP),  # a stop beats a length
+        ([20, 20, EOS], {}, None),  # below the minimum it is a token like any other
+        ([20, 20, 20, 20, EOS], {"ignore_eos": True}, None),
+    ],
+)
+def test_an_answer_that_is_all_there_needs_no_other_worker(
+    taken: list[int], changes: dict[str, Any], reason: int | None
+) -> None:
+    end = lost_end(prepared(replace(GREEDY, **changes)), taken)
+    assert (None if end is None else end.finished.reason) == reason
+    if end is not None:
+        assert end.token_ids == []
+        matched = end.finished.matched_token_id if end.finished.WhichOneof("matched") else None
+        assert matched == (taken[-1] if reason == STOP else None)
+
+
+def test_the_limit_counts_the_moves() -> None:
+    migration = Migration(prepared(), 2)
+    for taken in ([20], [20, 21]):
+        assert migration.begin(DEAD, taken).token_ids == [5, 6, 7, *taken]
+    with pytest.raises(RequestError) as caught:
+        migration.begin(DEAD, [20, 21, 22])
+    assert caught.value is DEAD
+
+
+def test_switched_off_the_workers_own_error_is_the_clients() -> None:
+    with pytest.raises(RequestError) as caught:
+        Migration(prepared(replace(GREEDY, frequency_penalty=0.5)), 0).begin(DEAD, [20])
+    assert caught.value is DEAD
+
+
+def test_the_error_says_who_failed_why_and_what_keeps_it() -> None:
+    with pytest.raises(RequestError) as caught:
+        Migration(prepared(replace(GREEDY, frequency_penalty=0.5)), 3).begin(DEAD, [20, 21])
+    error = caught.value
+    assert (error.code, error.reason) == (grpc.StatusCode.ABORTED, Reason.NOT_MIGRATABLE)
+    assert (error.leg, error.worker, error.room, error.retry_after) == ("decode", "d0", 5, 1.0)
+    for part in ("2 tokens", "ENGINE_DEAD: killed", "sampling.frequency_penalty"):
+        assert part in error.message
+
+
+def placement(*, max_prompt_tokens: int = 100) -> Any:
+    runtime = SimpleNamespace(max_prompt_tokens=max_prompt_tokens)
+    workers = [
+        SimpleNamespace(role=role, instance_id=name, record=SimpleNamespace(runtime=runtime))
+        for role, name in ((Role.PREFILL, "p0"), (Role.DECODE, "d0"))
+    ]
+    return SimpleNamespace(workers=workers)
+
+
+def test_workers_that_are_too_small_for_the_longer_prompt_bring_back_the_error() -> None:
+    migration = Migration(prepared(), 3)
+    migration.require_room(placement(max_prompt_tokens=1), 3)  # not under way: the workers themselves say so
+    migration.begin(DEAD, [20])
+    migration.require_room(placement(max_prompt_tokens=4), 4)
+    with pytest.raises(RequestError) as caught:
+        migration.require_room(placement(max_prompt_tokens=3), 4)
+    assert caught.value is DEAD
+
+
+def test_behind_the_hand_over_only_the_worker_that_says_so_is_to_blame() -> None:
+    aborted = RequestError(grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_ABORTED, "no memory", leg="decode")
+    before, behind = RetryPolicy(2), RetryPolicy(2)
+    before.blame(aborted, placement())
+    behind.blame(aborted, placement(), handed_over=True)
+    assert next(before.exclusions()) == {"p0", "d0"}
+    assert list(behind.exclusions()) == [{"d0"}]
