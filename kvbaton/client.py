@@ -10,20 +10,20 @@ Works against a frontend and, with token ids and a bootstrap, against a single w
 
 from __future__ import annotations
 
-import json
 import sys
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 import grpc.aio
 
 from kvbaton.errors import RequestError, invalid
+from kvbaton.generating import GenerateOptions, Messages, Tools, chat_options, generate_request, prompt
 from kvbaton.token_ids import pack
 from kvbaton.v1 import (
     embed_pb2,
@@ -39,9 +39,7 @@ from kvbaton.v1 import (
 )
 from kvbaton.v1.generate_pb2 import (
     Bootstrap,
-    ChatInput,
     ChatMessage,
-    GenerateRequest,
     GenerateResponse,
     SamplingParams,
     Tool,
@@ -57,6 +55,7 @@ __all__ = [
     "Choice",
     "Client",
     "Embeddings",
+    "GenerateOptions",
     "SamplingParams",
     "Tool",
     "ToolCall",
@@ -64,15 +63,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-Messages = Sequence[ChatMessage | Mapping[str, Any]]
-Tools = Sequence[Tool | Mapping[str, Any]]
-
-_TOOL_MODES = {
-    "auto": generate_pb2.TOOL_CHOICE_MODE_AUTO,
-    "none": generate_pb2.TOOL_CHOICE_MODE_NONE,
-    "required": generate_pb2.TOOL_CHOICE_MODE_REQUIRED,
-}
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
@@ -195,46 +185,16 @@ class Client:
     async def stream(
         self,
         *,
-        text: str | None = None,
-        chat: Messages | None = None,
-        token_ids: Iterable[int] | None = None,
-        sampling: SamplingParams | None = None,
-        model: str = "",
-        request_id: str = "",
-        bootstrap: Bootstrap | None = None,
-        tools: Tools = (),
-        tool_choice: ToolChoice | str | None = None,
-        parallel_tool_calls: bool | None = None,
-        template_arguments: Mapping[str, Any] | None = None,
-        separate_reasoning: bool | None = None,
-        n: int | None = None,
-        logprobs: int | None = None,
-        allow_inexact_migration: bool | None = None,
         timeout: float | None = None,
         trace_headers: Mapping[str, str] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncIterator[GenerateResponse]:
-        """The answer as it comes; the last message of each choice has `finished`. Exactly one of text, chat, token_ids.
+        """The answer as it comes; the last message of each choice has `finished`. For `options` see `GenerateOptions`.
 
-        Beside a chat: `tools` and `tool_choice` ("auto", "none", "required" or a function's name),
-        `parallel_tool_calls`, `template_arguments`, `separate_reasoning`, as in `ChatInput`. `n` choices; `logprobs`
-        asks for each token's log probability and those of so many likely ones. `allow_inexact_migration`: see
-        `GenerateRequest`. `trace_headers` are the caller's W3C trace context: `traceparent`, `tracestate`.
-
-        Leaving the iterator early cancels the request. Raises RequestError.
+        `trace_headers` are the caller's W3C trace context: `traceparent`, `tracestate`. Leaving the iterator early
+        cancels the request. Raises RequestError.
         """
-        options = _chat_options(tools, tool_choice, parallel_tool_calls, template_arguments, separate_reasoning)
-        request = _request(text, chat, token_ids, options)
-        request.model, request.request_id = model, request_id or uuid.uuid4().hex
-        if n is not None:
-            request.n = n
-        if logprobs is not None:
-            request.logprobs = logprobs
-        if allow_inexact_migration is not None:
-            request.allow_inexact_migration = allow_inexact_migration
-        if sampling is not None:
-            request.sampling.CopyFrom(sampling)
-        if bootstrap is not None:
-            request.bootstrap.CopyFrom(bootstrap)
+        request = generate_request(options)
         metadata = (*self._metadata, *(trace_headers or {}).items())
         call = self._generate.Generate(request, timeout=timeout or self._timeout, metadata=metadata)
         try:
@@ -248,45 +208,13 @@ class Client:
     async def generate(
         self,
         *,
-        text: str | None = None,
-        chat: Messages | None = None,
-        token_ids: Iterable[int] | None = None,
-        sampling: SamplingParams | None = None,
-        model: str = "",
-        request_id: str = "",
-        bootstrap: Bootstrap | None = None,
-        tools: Tools = (),
-        tool_choice: ToolChoice | str | None = None,
-        parallel_tool_calls: bool | None = None,
-        template_arguments: Mapping[str, Any] | None = None,
-        separate_reasoning: bool | None = None,
-        n: int | None = None,
-        logprobs: int | None = None,
-        allow_inexact_migration: bool | None = None,
         timeout: float | None = None,
         trace_headers: Mapping[str, str] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Answer:
         """The whole answer. Arguments and errors as for `stream`."""
         answer = Answer()
-        async for chunk in self.stream(
-            text=text,
-            chat=chat,
-            token_ids=token_ids,
-            sampling=sampling,
-            model=model,
-            request_id=request_id,
-            bootstrap=bootstrap,
-            tools=tools,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-            template_arguments=template_arguments,
-            separate_reasoning=separate_reasoning,
-            n=n,
-            logprobs=logprobs,
-            allow_inexact_migration=allow_inexact_migration,
-            timeout=timeout,
-            trace_headers=trace_headers,
-        ):
+        async for chunk in self.stream(timeout=timeout, trace_headers=trace_headers, **options):
             answer.add(chunk)
         return answer
 
@@ -327,10 +255,11 @@ class Client:
         model: str = "",
     ) -> text_pb2.TokenizeResponse:
         """The tokens that a frontend makes of a prompt, a text or a chat with its tools. Raises RequestError."""
-        prompt = _request(text, chat, None, _chat_options(tools, None, None, template_arguments, None))
+        options = chat_options(tools=tools, template_arguments=template_arguments)
+        given = prompt(text, chat, None, options)
         request = text_pb2.TokenizeRequest(model=model)
         if text is None:
-            request.chat.CopyFrom(prompt.chat)
+            request.chat.CopyFrom(given.chat)
         else:
             request.text = text
         return await _typed(self._text.Tokenize(request, **self._call))
@@ -374,49 +303,6 @@ class Client:
 def bearer(api_key: str) -> tuple[tuple[str, str], ...]:
     """The metadata of a call with this API key; none without one."""
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
-
-
-def _request(
-    text: str | None, chat: Messages | None, token_ids: Iterable[int] | None, options: ChatInput
-) -> GenerateRequest:
-    given = [name for name, value in (("text", text), ("chat", chat), ("token_ids", token_ids)) if value is not None]
-    if len(given) != 1:
-        raise invalid("input", f"exactly one of text, chat and token_ids, not {' and '.join(given) or 'none'}")
-    if chat is not None:
-        options.messages.extend(m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in chat)
-        return GenerateRequest(chat=options)
-    if fields := options.ListFields():
-        raise invalid(f"chat.{fields[0][0].name}", "only with a chat")
-    if text is not None:
-        return GenerateRequest(text=text)
-    return GenerateRequest(token_ids=pack(token_ids or ()))
-
-
-def _chat_options(
-    tools: Tools,
-    tool_choice: ToolChoice | str | None,
-    parallel_tool_calls: bool | None,
-    template_arguments: Mapping[str, Any] | None,
-    separate_reasoning: bool | None,
-) -> ChatInput:
-    if isinstance(tool_choice, str):
-        mode = _TOOL_MODES.get(tool_choice)
-        tool_choice = ToolChoice(function=tool_choice) if mode is None else ToolChoice(mode=mode)
-    return ChatInput(
-        tools=[tool if isinstance(tool, Tool) else _tool(tool) for tool in tools],
-        tool_choice=tool_choice,
-        parallel_tool_calls=parallel_tool_calls,
-        template_arguments=json.dumps(dict(template_arguments)) if template_arguments else "",
-        separate_reasoning=separate_reasoning,
-    )
-
-
-def _tool(tool: Mapping[str, Any]) -> Tool:
-    """Its fields, with `parameters` as an object or as text."""
-    fields: dict[str, Any] = dict(tool)
-    if isinstance(fields.get("parameters"), Mapping):
-        fields["parameters"] = json.dumps(fields["parameters"])
-    return Tool(**fields)
 
 
 def _embed_input(value: str | Iterable[int]) -> embed_pb2.EmbedInput:

@@ -80,4 +80,4 @@ def _name(worker: int) -> str:
 def _rank(worker: int, rng: random.Random) -> WorkerRank:
     load = WorkerLoad(1).ranks[0]
     load.add(rng.randrange(8000), rng.randrange(8000), rng.randrange(8))
-    return WorkerRank(None, _name(worker), 0, PAGE, True, load)  # type: ignore[arg-type]
+    return WorkerRank(None, _name(worker), 0, PAGE, Holder(_name(worker), 0), load)  # type: ignore[arg-type]

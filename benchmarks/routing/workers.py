@@ -17,6 +17,7 @@ from services.config.worker import WorkerConfig
 from services.decode.contract import AggregatedContract
 from services.frontend.link.load import WorkerLoad
 from services.frontend.link.session import SessionLink
+from services.frontend.router.kv.index import Holder, cache_owner
 from services.frontend.router.worker import WorkerRank
 from services.grpc_health import GrpcHealth
 from services.requests import Limits, Role
@@ -106,9 +107,9 @@ class KnownWorker:
         self.text = None
         self.channel = cast("Any", worker.channel())
         self.load = WorkerLoad(self.record.runtime.dp_size)
-        page_size = self.record.runtime.page_size
+        page_size, owner = self.record.runtime.page_size, cache_owner(self.role, self.instance_id)
         self.ranks = tuple(
-            WorkerRank(cast("Any", self), self.instance_id, rank, page_size, True, load)
+            WorkerRank(cast("Any", self), self.instance_id, rank, page_size, Holder(owner, rank), load)
             for rank, load in enumerate(self.load.ranks)
         )
         self.link = SessionLink(

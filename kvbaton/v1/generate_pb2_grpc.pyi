@@ -46,8 +46,12 @@ class GenerateServiceStub:
       n                             o         -        -       -
       prefill_worker, decode_worker o         -        -       -
       allow_inexact_migration       o         -        -       -
+      cache_salt                    o (2)     o (2)    o       o (2)
+      lora                          - (3)     -        -       -
 
       (1) required when the frontend serves more than one model.
+      (2) refused where RuntimeConfig.cache_salts says that the engine can't keep prefixes apart by it.
+      (3) of every role until workers serve adapters; the hashes of KvEventService know them already.
 
     Every error is a gRPC status that carries google.rpc.ErrorInfo (domain "kvbaton"; metadata: field, leg, worker,
     room, request_id where they apply) and google.rpc.RetryInfo where a retry helps. A stream that ends with OK has sent
@@ -88,8 +92,12 @@ class GenerateServiceAsyncStub(GenerateServiceStub):
       n                             o         -        -       -
       prefill_worker, decode_worker o         -        -       -
       allow_inexact_migration       o         -        -       -
+      cache_salt                    o (2)     o (2)    o       o (2)
+      lora                          - (3)     -        -       -
 
       (1) required when the frontend serves more than one model.
+      (2) refused where RuntimeConfig.cache_salts says that the engine can't keep prefixes apart by it.
+      (3) of every role until workers serve adapters; the hashes of KvEventService know them already.
 
     Every error is a gRPC status that carries google.rpc.ErrorInfo (domain "kvbaton"; metadata: field, leg, worker,
     room, request_id where they apply) and google.rpc.RetryInfo where a retry helps. A stream that ends with OK has sent
@@ -126,8 +134,12 @@ class GenerateServiceServicer(metaclass=_abc_1.ABCMeta):
       n                             o         -        -       -
       prefill_worker, decode_worker o         -        -       -
       allow_inexact_migration       o         -        -       -
+      cache_salt                    o (2)     o (2)    o       o (2)
+      lora                          - (3)     -        -       -
 
       (1) required when the frontend serves more than one model.
+      (2) refused where RuntimeConfig.cache_salts says that the engine can't keep prefixes apart by it.
+      (3) of every role until workers serve adapters; the hashes of KvEventService know them already.
 
     Every error is a gRPC status that carries google.rpc.ErrorInfo (domain "kvbaton"; metadata: field, leg, worker,
     room, request_id where they apply) and google.rpc.RetryInfo where a retry helps. A stream that ends with OK has sent

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/worker.proto\x12\nkvbaton.v1\"\xaf\x03\n\x0cWorkerRecord\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.kvbaton.v1.WorkerState\x12,\n\x0bincarnation\x18\x04 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12\x15\n\rgrpc_endpoint\x18\x05 \x01(\t\x12\x17\n\x0fsystem_endpoint\x18\x06 \x01(\t\x12(\n\x05model\x18\x07 \x01(\x0b\x32\x19.kvbaton.v1.ModelIdentity\x12*\n\x07runtime\x18\x08 \x01(\x0b\x32\x19.kvbaton.v1.RuntimeConfig\x12\x30\n\tbootstrap\x18\t \x01(\x0b\x32\x1d.kvbaton.v1.BootstrapEndpoint\x12\x13\n\x0b\x63ompat_hash\x18\n \x01(\t\x12%\n\x05needs\x18\x0b \x03(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12\x1a\n\x12\x61llow_version_skew\x18\x0c \x01(\x08\"/\n\x0bIncarnation\x12\x12\n\ncreated_us\x18\x01 \x01(\x04\x12\x0c\n\x04uuid\x18\x02 \x01(\t\"=\n\rModelIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\"\xab\x04\n\rRuntimeConfig\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x16\n\x0etotal_kv_pages\x18\x02 \x01(\x04\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14max_running_requests\x18\x04 \x01(\r\x12\x1a\n\x12max_batched_tokens\x18\x05 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x0f\n\x07tp_size\x18\t \x01(\r\x12\x0f\n\x07pp_size\x18\n \x01(\r\x12\x0f\n\x07\x64p_size\x18\x0b \x01(\r\x12\x16\n\x0ekv_cache_dtype\x18\x0c \x01(\t\x12\x1a\n\x12kv_bytes_per_token\x18\r \x01(\x04\x12\x18\n\x10transfer_backend\x18\x0e \x01(\t\x12&\n\x08versions\x18\x0f \x01(\x0b\x32\x14.kvbaton.v1.Versions\x12\x18\n\x10tool_call_parser\x18\x10 \x01(\t\x12\x18\n\x10reasoning_parser\x18\x11 \x01(\t\x12\x17\n\x0fseeded_sampling\x18\x12 \x01(\x08\x12\x15\n\rhas_tokenizer\x18\x13 \x01(\x08\x12.\n\tembedding\x18\x14 \x01(\x0b\x32\x1b.kvbaton.v1.EmbeddingConfig\x12\x17\n\x0fgrammar_backend\x18\x15 \x01(\t\"W\n\x0f\x45mbeddingConfig\x12\x11\n\tdimension\x18\x01 \x01(\r\x12\x12\n\nmatryoshka\x18\x02 \x01(\x08\x12\x1d\n\x15matryoshka_dimensions\x18\x03 \x03(\r\"`\n\x08Versions\x12\x0f\n\x07kvbaton\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x03 \x01(\t\x12\x0c\n\x04nixl\x18\x04 \x01(\t\x12\r\n\x05torch\x18\x05 \x01(\t\"/\n\x11\x42ootstrapEndpoint\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r*\x91\x01\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x1a\n\x16WORKER_ROLE_AGGREGATED\x10\x03\x12\x19\n\x15WORKER_ROLE_EMBEDDING\x10\x04*\xe4\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x18\n\x14WORKER_STATE_WARMING\x10\x03\x12\x18\n\x14WORKER_STATE_SERVING\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05\x12\x17\n\x13WORKER_STATE_FAILED\x10\x06\x12\x1a\n\x16WORKER_STATE_UNHEALTHY\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/worker.proto\x12\nkvbaton.v1\"\xaf\x03\n\x0cWorkerRecord\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.kvbaton.v1.WorkerState\x12,\n\x0bincarnation\x18\x04 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12\x15\n\rgrpc_endpoint\x18\x05 \x01(\t\x12\x17\n\x0fsystem_endpoint\x18\x06 \x01(\t\x12(\n\x05model\x18\x07 \x01(\x0b\x32\x19.kvbaton.v1.ModelIdentity\x12*\n\x07runtime\x18\x08 \x01(\x0b\x32\x19.kvbaton.v1.RuntimeConfig\x12\x30\n\tbootstrap\x18\t \x01(\x0b\x32\x1d.kvbaton.v1.BootstrapEndpoint\x12\x13\n\x0b\x63ompat_hash\x18\n \x01(\t\x12%\n\x05needs\x18\x0b \x03(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12\x1a\n\x12\x61llow_version_skew\x18\x0c \x01(\x08\"/\n\x0bIncarnation\x12\x12\n\ncreated_us\x18\x01 \x01(\x04\x12\x0c\n\x04uuid\x18\x02 \x01(\t\"=\n\rModelIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\"\xc0\x04\n\rRuntimeConfig\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x16\n\x0etotal_kv_pages\x18\x02 \x01(\x04\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14max_running_requests\x18\x04 \x01(\r\x12\x1a\n\x12max_batched_tokens\x18\x05 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x0f\n\x07tp_size\x18\t \x01(\r\x12\x0f\n\x07pp_size\x18\n \x01(\r\x12\x0f\n\x07\x64p_size\x18\x0b \x01(\r\x12\x16\n\x0ekv_cache_dtype\x18\x0c \x01(\t\x12\x1a\n\x12kv_bytes_per_token\x18\r \x01(\x04\x12\x18\n\x10transfer_backend\x18\x0e \x01(\t\x12&\n\x08versions\x18\x0f \x01(\x0b\x32\x14.kvbaton.v1.Versions\x12\x18\n\x10tool_call_parser\x18\x10 \x01(\t\x12\x18\n\x10reasoning_parser\x18\x11 \x01(\t\x12\x17\n\x0fseeded_sampling\x18\x12 \x01(\x08\x12\x15\n\rhas_tokenizer\x18\x13 \x01(\x08\x12.\n\tembedding\x18\x14 \x01(\x0b\x32\x1b.kvbaton.v1.EmbeddingConfig\x12\x17\n\x0fgrammar_backend\x18\x15 \x01(\t\x12\x13\n\x0b\x63\x61\x63he_salts\x18\x16 \x01(\x08\"W\n\x0f\x45mbeddingConfig\x12\x11\n\tdimension\x18\x01 \x01(\r\x12\x12\n\nmatryoshka\x18\x02 \x01(\x08\x12\x1d\n\x15matryoshka_dimensions\x18\x03 \x03(\r\"`\n\x08Versions\x12\x0f\n\x07kvbaton\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x03 \x01(\t\x12\x0c\n\x04nixl\x18\x04 \x01(\t\x12\r\n\x05torch\x18\x05 \x01(\t\"/\n\x11\x42ootstrapEndpoint\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r*\x91\x01\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x1a\n\x16WORKER_ROLE_AGGREGATED\x10\x03\x12\x19\n\x15WORKER_ROLE_EMBEDDING\x10\x04*\xe4\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x18\n\x14WORKER_STATE_WARMING\x10\x03\x12\x18\n\x14WORKER_STATE_SERVING\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05\x12\x17\n\x13WORKER_STATE_FAILED\x10\x06\x12\x1a\n\x16WORKER_STATE_UNHEALTHY\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvbaton.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=1380
-  _globals['_WORKERROLE']._serialized_end=1525
-  _globals['_WORKERSTATE']._serialized_start=1528
-  _globals['_WORKERSTATE']._serialized_end=1756
+  _globals['_WORKERROLE']._serialized_start=1401
+  _globals['_WORKERROLE']._serialized_end=1546
+  _globals['_WORKERSTATE']._serialized_start=1549
+  _globals['_WORKERSTATE']._serialized_end=1777
   _globals['_WORKERRECORD']._serialized_start=40
   _globals['_WORKERRECORD']._serialized_end=471
   _globals['_INCARNATION']._serialized_start=473
@@ -42,11 +42,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELIDENTITY']._serialized_start=522
   _globals['_MODELIDENTITY']._serialized_end=583
   _globals['_RUNTIMECONFIG']._serialized_start=586
-  _globals['_RUNTIMECONFIG']._serialized_end=1141
-  _globals['_EMBEDDINGCONFIG']._serialized_start=1143
-  _globals['_EMBEDDINGCONFIG']._serialized_end=1230
-  _globals['_VERSIONS']._serialized_start=1232
-  _globals['_VERSIONS']._serialized_end=1328
-  _globals['_BOOTSTRAPENDPOINT']._serialized_start=1330
-  _globals['_BOOTSTRAPENDPOINT']._serialized_end=1377
+  _globals['_RUNTIMECONFIG']._serialized_end=1162
+  _globals['_EMBEDDINGCONFIG']._serialized_start=1164
+  _globals['_EMBEDDINGCONFIG']._serialized_end=1251
+  _globals['_VERSIONS']._serialized_start=1253
+  _globals['_VERSIONS']._serialized_end=1349
+  _globals['_BOOTSTRAPENDPOINT']._serialized_start=1351
+  _globals['_BOOTSTRAPENDPOINT']._serialized_end=1398
 # @@protoc_insertion_point(module_scope)

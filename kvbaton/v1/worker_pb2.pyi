@@ -86,7 +86,7 @@ class ModelIdentity(_message.Message):
     def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class RuntimeConfig(_message.Message):
-    __slots__ = ("page_size", "total_kv_pages", "max_total_tokens", "max_running_requests", "max_batched_tokens", "max_prompt_tokens", "context_length", "vocab_size", "tp_size", "pp_size", "dp_size", "kv_cache_dtype", "kv_bytes_per_token", "transfer_backend", "versions", "tool_call_parser", "reasoning_parser", "seeded_sampling", "has_tokenizer", "embedding", "grammar_backend")
+    __slots__ = ("page_size", "total_kv_pages", "max_total_tokens", "max_running_requests", "max_batched_tokens", "max_prompt_tokens", "context_length", "vocab_size", "tp_size", "pp_size", "dp_size", "kv_cache_dtype", "kv_bytes_per_token", "transfer_backend", "versions", "tool_call_parser", "reasoning_parser", "seeded_sampling", "has_tokenizer", "embedding", "grammar_backend", "cache_salts")
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_KV_PAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class RuntimeConfig(_message.Message):
     HAS_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_BACKEND_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALTS_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     total_kv_pages: int
     max_total_tokens: int
@@ -129,7 +130,8 @@ class RuntimeConfig(_message.Message):
     has_tokenizer: bool
     embedding: EmbeddingConfig
     grammar_backend: str
-    def __init__(self, page_size: _Optional[int] = ..., total_kv_pages: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., max_batched_tokens: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_size: _Optional[int] = ..., dp_size: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., transfer_backend: _Optional[str] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ..., tool_call_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., seeded_sampling: _Optional[bool] = ..., has_tokenizer: _Optional[bool] = ..., embedding: _Optional[_Union[EmbeddingConfig, _Mapping]] = ..., grammar_backend: _Optional[str] = ...) -> None: ...
+    cache_salts: bool
+    def __init__(self, page_size: _Optional[int] = ..., total_kv_pages: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., max_batched_tokens: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_size: _Optional[int] = ..., dp_size: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., transfer_backend: _Optional[str] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ..., tool_call_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., seeded_sampling: _Optional[bool] = ..., has_tokenizer: _Optional[bool] = ..., embedding: _Optional[_Union[EmbeddingConfig, _Mapping]] = ..., grammar_backend: _Optional[str] = ..., cache_salts: _Optional[bool] = ...) -> None: ...
 
 class EmbeddingConfig(_message.Message):
     __slots__ = ("dimension", "matryoshka", "matryoshka_dimensions")

@@ -75,7 +75,9 @@ REGISTRY_AGE_SECONDS = Gauge(
 # Frontend: the index of what its workers' KV caches hold. Why: first, missed (away for too long), doubt.
 KV_INDEX_PAGES = Gauge("kvbaton_kv_index_pages", "Different pages in the KV index.")
 KV_INDEX_EVICTED = Counter("kvbaton_kv_index_evicted_pages", "Pages that left the full KV index for others.")
-KV_INDEX_EXACT = Gauge("kvbaton_kv_index_exact", "1 while all that a worker's KV events tell is known.", ["worker"])
+KV_INDEX_EXACT = Gauge(
+    "kvbaton_kv_index_exact", "1 while all that a worker's KV events tell is known.", ["role", "worker"]
+)
 KV_INDEX_SNAPSHOTS = Counter("kvbaton_kv_index_snapshots", "Times a worker's pages were learnt anew.", ["why"])
 
 # Frontend: embedding requests, by model and outcome as above.

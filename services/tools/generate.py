@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from google.protobuf import json_format
 
-from kvbaton.client import Answer, SamplingParams
+from kvbaton.client import Answer, GenerateOptions, SamplingParams
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2
 from services.config.flags import add_flags, build
@@ -39,6 +39,10 @@ def add_arguments(commands: "_SubParsersAction[argparse.ArgumentParser]") -> Non
     parser.add_argument("--top-p", type=float, metavar="NUMBER", help="default: 1")
     parser.add_argument("--seed", type=int, metavar="INTEGER", help="of this request's sampling")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
+    parser.add_argument("--priority", type=int, metavar="INTEGER", help="higher waits less; default: 0")
+    parser.add_argument("--prefill-worker", default="", metavar="ID", help="must run it (kvbaton status lists them)")
+    parser.add_argument("--decode-worker", default="", metavar="ID", help="the same; also an aggregated worker")
+    parser.add_argument("--cache-salt", default="", metavar="TEXT", help="shares cached prefixes only with its like")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: %(default)g")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of the stream")
     add_flags(parser, ClientFlags)
@@ -66,12 +70,7 @@ def run(parsed: argparse.Namespace, _: list[str]) -> int:
 async def _run(parsed: argparse.Namespace, prompt: str, flags: ClientFlags) -> int:
     shown = _Shown(None if parsed.json else sys.stdout)
     async with flags.client(timeout=parsed.timeout) as client:
-        chunks = client.stream(
-            text=None if parsed.chat else prompt,
-            chat=messages(prompt, parsed.system) if parsed.chat else None,
-            sampling=sampling(parsed),
-            model=parsed.model,
-        )
+        chunks = client.stream(**request_options(parsed, prompt))
         try:
             async with contextlib.aclosing(chunks):  # type: ignore[type-var]
                 async for chunk in chunks:
@@ -86,6 +85,20 @@ async def _run(parsed: argparse.Namespace, prompt: str, flags: ClientFlags) -> i
         shown.end_line()
         say(sys.stderr, describe_answer(shown.answer, shown.time_to_first_token, shown.tokens_per_second))
     return 0
+
+
+def request_options(parsed: argparse.Namespace, prompt: str) -> GenerateOptions:
+    """What the client is asked for."""
+    return GenerateOptions(
+        text=None if parsed.chat else prompt,
+        chat=messages(prompt, parsed.system) if parsed.chat else None,
+        sampling=sampling(parsed),
+        model=parsed.model,
+        priority=parsed.priority,
+        prefill_worker=parsed.prefill_worker,
+        decode_worker=parsed.decode_worker,
+        cache_salt=parsed.cache_salt,
+    )
 
 
 def messages(prompt: str, system: str | None) -> list[dict[str, str]]:

@@ -336,6 +336,19 @@ async def test_a_first_token_that_differs_is_data_loss(cluster: FakeCluster, tok
     assert (error.code, error.reason) == (grpc.StatusCode.DATA_LOSS, Reason.FIRST_TOKEN_MISMATCH)
 
 
+async def test_tokens_do_not_wait_for_prefills_word_but_the_end_does(cluster: FakeCluster) -> None:
+    """SGLang's prefill tells of its token behind its next batch, when a short answer is long complete."""
+    prefill, _ = await cluster.start_pair()
+    prefill.engine.behaviour.token_seconds = 0.5
+    messages = [
+        (list(message.token_ids), message.HasField("finished"), bool(prefill.engine.live))
+        async for message in cluster.client.stream(token_ids=PROMPT, sampling=greedy(3))
+    ]
+    assert [token for tokens, _, _ in messages for token in tokens] == expected_tokens(PROMPT, 3)
+    assert messages[-1][:2] == ([], True)
+    assert all(not finished and prefill_runs for _, finished, prefill_runs in messages[:-1])
+
+
 async def test_decode_keeps_its_pages_while_prefills_end_is_not_proven(
     cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

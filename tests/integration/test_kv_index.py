@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from services.frontend.router.kv import follower
-from services.frontend.router.kv.index import Holder
+from services.frontend.router.kv.index import Holder, cache_owner
 from services.frontend.router.kv.indexes import KvIndexes
 from services.registry.backoff import Backoff
 from services.requests import Role
@@ -85,7 +85,7 @@ class Caches:
             return {holder: pages for worker in self.all() for holder, pages in worker.truth.items()}
 
         def exact(index: KvIndexes) -> bool:
-            return all(index.exact(name) for name in self.workers) and index.index.pages() == truth()
+            return all(index.exact(worker.owner) for worker in self.all()) and index.index.pages() == truth()
 
         for worker in self.all():  # each holds something, and tells of a change after a lost one
             await worker.run(self.prefixes[0])
@@ -134,7 +134,7 @@ async def test_lost_and_doubled_messages_and_broken_streams(caches: Caches) -> N
 async def test_a_broken_stream_is_resumed_without_a_snapshot(caches: Caches) -> None:
     await caches.start("a", Line(caches.rng, broken=0.1))
     async with KvIndexes(caches.all) as kv:
-        await eventually(lambda: kv.exact("a"))
+        await eventually(lambda: kv.exact(caches.workers["a"].owner))
         had = snapshots("missed") + snapshots("doubt")
         async with caches.loaded():
             await caches.faults(10)
@@ -166,7 +166,8 @@ async def test_a_worker_restarts_with_nothing(caches: Caches) -> None:
             old = caches.workers["a"]
             await caches.start("a")
             kv.workers_changed()
-            assert {holder.worker for holder in kv.index.pages()} <= {"b"}, "the old incarnation's pages are gone"
+            left = {holder.worker for holder in kv.index.pages()}
+            assert left <= {caches.workers["b"].owner}, "the old incarnation's pages are gone"
             await caches.more(60)
             await old.stop()
         await caches.ends_exact(kv)
@@ -181,8 +182,8 @@ async def test_a_worker_that_leaves_takes_its_pages_along(caches: Caches) -> Non
         await caches.ends_exact(kv)
         gone = caches.workers.pop("a")
         kv.workers_changed()
-        assert {holder.worker for holder in kv.index.pages()} == {"b"}
-        assert not kv.exact("a")
+        assert {holder.worker for holder in kv.index.pages()} == {caches.workers["b"].owner}
+        assert not kv.exact(gone.owner)
         await gone.stop()
         await caches.ends_exact(kv)
 
@@ -209,7 +210,7 @@ async def test_an_index_that_is_full_knows_less_and_nothing_wrong(caches: Caches
         async with caches.loaded():
             await caches.more(100)
         worker = caches.workers["a"]
-        await eventually(lambda: kv._followers["a"]._pages.sequence == worker.hub.sequence)
+        await eventually(lambda: kv._followers[worker.owner]._pages.sequence == worker.hub.sequence)
         known = kv.index.pages()
         assert kv.index.evicted
         assert known
@@ -217,12 +218,26 @@ async def test_an_index_that_is_full_knows_less_and_nothing_wrong(caches: Caches
             assert pages <= worker.truth[holder]
 
 
+async def test_one_instance_id_in_two_roles_is_two_caches(caches: Caches) -> None:
+    worker = await caches.start("a")
+    # The same caches once more, as if another process of this name were a prefill worker.
+    other = dataclasses.replace(worker, role=Role.PREFILL)
+    known = [worker, other]
+    async with KvIndexes(lambda: known) as kv:
+        await worker.run(caches.prefixes[0])
+        await eventually(lambda: kv.exact(worker.owner) and kv.exact(other.owner))
+        await eventually(lambda: kv.index.pages() == {**worker.truth, **other.truth})
+        known.remove(other)
+        kv.workers_changed()
+        assert kv.index.pages() == worker.truth, "the other's pages stay"
+
+
 async def test_in_a_cluster_prefill_workers_are_followed_and_found_by_tokens(cluster: FakeCluster) -> None:
     prefill, _ = await cluster.start_pair()
     workers = cluster.frontend.workers
     async with KvIndexes(workers.all) as kv:
         workers.on_change(kv.workers_changed)
-        name = prefill.config.instance_id or prefill.host._core.instance_id
+        name = cache_owner(Role.PREFILL, prefill.instance_id)
         await eventually(lambda: kv.exact(name))
         assert len(kv._followers) == 1, "decode keeps no prefixes"
         prefill.engine.kv_changes.put_nowait(KvChange(0, BlockStored([-1, 2], None, list(range(32)), 16)))
@@ -241,7 +256,7 @@ async def test_without_events_what_was_sent_is_assumed(cluster: FakeCluster, mon
     monkeypatch.setattr(FakeEngine, "info", lambda self: dataclasses.replace(info(self), has_kv_events=False))
     worker = await cluster.start_worker(Role.AGGREGATED)
     await cluster.routable(1)
-    name = worker.host._core.instance_id
+    name = cache_owner(Role.AGGREGATED, worker.instance_id)
     async with KvIndexes(cluster.frontend.workers.all) as kv:
         await eventually(kv._followers[name]._task.done, what="giving up")
         kv.routed(Holder(name, 0), range(64))

@@ -95,8 +95,8 @@ async def workers(cluster: FakeCluster, *roles: Role, dp_size: int = 1, **option
 async def index_is_exact(cluster: FakeCluster) -> None:
     kv = cluster.frontend.kv
     assert kv is not None
-    caching = [worker for worker in cluster.frontend.workers.all() if worker.role is not Role.DECODE]
-    await eventually(lambda: all(kv.exact(worker.instance_id) for worker in caching), what="an exact index")
+    caches = [rank.cache.worker for worker in cluster.frontend.workers.all() for rank in worker.ranks if rank.cache]
+    await eventually(lambda: all(map(kv.exact, caches)), what="an exact index")
 
 
 async def where_prefixes_are_known(cluster: FakeCluster, count: int) -> None:
@@ -265,6 +265,13 @@ async def test_under_direct_a_request_without_a_name_is_refused(clusters: Cluste
     assert (caught.value.field, caught.value.code) == ("prefill_worker", grpc.StatusCode.INVALID_ARGUMENT)
     finished = await answered(cluster.frontend, request([1, 2], prefill_worker=prefill.instance_id))
     assert finished.prefill_worker == prefill.instance_id
+
+
+@pytest.mark.parametrize("roles", [(Role.PREFILL, Role.DECODE), (Role.AGGREGATED,)])
+async def test_a_probe_needs_no_names_under_direct(clusters: Clusters, roles: tuple[Role, ...]) -> None:
+    cluster = await clusters.start(RoutingFlags(prefill_policy="direct", decode_policy="direct"))
+    await workers(cluster, *roles)
+    assert await cluster.client.probe() > 0
 
 
 @pytest.mark.parametrize("field", ["prefill_worker", "decode_worker"])

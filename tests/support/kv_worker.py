@@ -16,7 +16,7 @@ import grpc.aio
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import kv_events_pb2, kv_events_pb2_grpc, worker_pb2
-from services.frontend.router.kv.index import Holder
+from services.frontend.router.kv.index import Holder, cache_owner
 from services.grpc_errors import TypedErrors
 from services.requests import Role
 from services.transport import make_channel
@@ -98,10 +98,15 @@ class KvWorker:
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
     @property
+    def owner(self) -> str:
+        """What the index knows it by."""
+        return cache_owner(self.role, self.instance_id)
+
+    @property
     def truth(self) -> dict[Holder, set[int]]:
         """What its caches hold, by the mirrors that the engine's events make."""
         held = {
-            Holder(self.instance_id, rank): {block.prefix_hash for block in mirror.blocks() if block.prefix_hash}
+            Holder(self.owner, rank): {block.prefix_hash for block in mirror.blocks() if block.prefix_hash}
             for rank, mirror in enumerate(self.hub._mirrors)
         }
         return {holder: pages for holder, pages in held.items() if pages}

@@ -26,6 +26,8 @@ class Chooser:
 
     def require_hints(self, hints: Hints, targets: Sequence[Target]) -> None:
         """Raises RequestError where a policy needs a name that is missing; `targets` could serve the request."""
+        if hints.optional:
+            return
         if self._policies.decode.needs_hint and not hints.decode:
             raise required("decode_worker")
         if self._policies.prefill.needs_hint and not hints.prefill and not all(each.aggregated for each in targets):
@@ -93,5 +95,5 @@ def _choose(
 def _share(rank: WorkerRank, prompt: Prompt, cached: int) -> LegShare:
     """From now on the leg counts as the worker's load. A decode worker computes no prompts."""
     tokens = len(prompt.token_ids)
-    computed = max(0, tokens - cached) if rank.keeps_prefixes else 0
+    computed = max(0, tokens - cached) if rank.cache is not None else 0
     return LegShare(rank.worker.load, rank.dp_rank, prefill_tokens=computed, kv_tokens=tokens, cached=cached)

@@ -237,7 +237,11 @@ class RequestOwner:
             if output.finished is None:
                 self._put(output)
                 continue
-            await self._settle_hand_over(item.attempt)
+            if not item.attempt.hand_over.settled:
+                # Prefill's engine may tell of its token only behind its next batch: tokens don't wait for that.
+                self._put(replace(output, finished=None))
+                output = Output([], finished=output.finished)
+                await self._settle_hand_over(item.attempt)
             self._state.take(Step.COMPLETE)
             self._put(self.answer.with_prefills_word(output))
             return

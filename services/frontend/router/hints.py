@@ -19,11 +19,13 @@ class Hints:
 
     prefill: str = ""
     decode: str = ""
+    optional: bool = False
+    """Missing names are nobody's mistake, whatever the policy: a probe tries whoever is there."""
 
     @classmethod
-    def of(cls, request: generate_pb2.GenerateRequest) -> Hints:
+    def of(cls, request: generate_pb2.GenerateRequest, *, optional: bool = False) -> Hints:
         """What the request names."""
-        return cls(request.prefill_worker, request.decode_worker)
+        return cls(request.prefill_worker, request.decode_worker, optional)
 
     def __bool__(self) -> bool:
         return bool(self.prefill or self.decode)

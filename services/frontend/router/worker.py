@@ -31,6 +31,7 @@ from services.frontend.link.protocol import WorkerLink
 from services.frontend.link.session import SessionLink
 from services.frontend.link.streams import StreamLink, unreachable
 from services.frontend.router.breaker import Breaker, BreakerState
+from services.frontend.router.kv.index import Holder, cache_owner
 from services.frontend.text.tokenizer import TokenizerError
 from services.frontend.text_models import TextModel, TextModels
 from services.requests import Limits, Role
@@ -58,7 +59,7 @@ class WorkerRank:
     instance_id: str
     dp_rank: int
     page_size: int
-    keeps_prefixes: bool
+    cache: Holder | None
     load: RankLoad
 
 
@@ -213,7 +214,8 @@ class Worker:
 
     def _rank(self, index: int, load: RankLoad) -> WorkerRank:
         page_size = max(1, self.record.runtime.page_size)
-        return WorkerRank(self, self.instance_id, index, page_size, self.role is not Role.DECODE, load)
+        cache = None if self.role is Role.DECODE else Holder(cache_owner(self.role, self.instance_id), index)
+        return WorkerRank(self, self.instance_id, index, page_size, cache, load)
 
     def _make_link(self, config: FrontendConfig) -> WorkerLink:
         if config.link == "session":

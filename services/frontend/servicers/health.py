@@ -90,6 +90,7 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
                 sampling=generate_pb2.SamplingParams(max_new_tokens=1, temperature=0.0),
             ),
             tracing.headers_of(tracing.UNSAMPLED),
+            anywhere=True,
         )
         async for _ in live.outputs():
             pass

@@ -18,6 +18,7 @@ from services.frontend.dispatch.queue import DispatchQueue
 from services.frontend.link.load import WorkerLoad
 from services.frontend.link.protocol import Credit
 from services.frontend.router.hints import NO_HINTS, Hints
+from services.frontend.router.kv.index import Holder
 from services.frontend.router.placement import Placement, Router, Target
 from services.frontend.router.policies.direct import Direct
 from services.frontend.router.policies.make import Policies
@@ -62,9 +63,9 @@ class FakeWorker:
         self.link = FakeLink(free, window)
         self.load = WorkerLoad(dp_size)
         self.ejected = False
-        keeps = role is not Role.DECODE
         self.ranks = [
-            WorkerRank(cast("Any", self), name, rank, 16, keeps, load) for rank, load in enumerate(self.load.ranks)
+            WorkerRank(cast("Any", self), name, rank, 16, None if role is Role.DECODE else Holder(name, rank), load)
+            for rank, load in enumerate(self.load.ranks)
         ]
 
     def want_no_credits(self) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from kvbaton.client import Answer
 from kvbaton.errors import Reason, RequestError
+from kvbaton.generating import generate_request
 from kvbaton.v1 import generate_pb2
 from services.tools import generate
 
@@ -27,6 +28,16 @@ def test_a_zero_that_was_given_is_sent():
     assert params.HasField("temperature")
     assert params.HasField("seed")
     assert list(params.stop) == ["a", "b"]
+
+
+def test_where_it_runs_and_when_can_be_said():
+    options = generate.request_options(
+        parsed("hi", "--prefill-worker", "p", "--decode-worker", "d", "--priority", "-1", "--cache-salt", "s"), "hi"
+    )
+    request = generate_request(options)
+    assert (request.prefill_worker, request.decode_worker) == ("p", "d")
+    assert (request.priority, request.cache_salt, request.text) == (-1, "s", "hi")
+    assert not generate_request(generate.request_options(parsed("hi"), "hi")).HasField("priority")
 
 
 def test_a_chat_is_the_prompt_as_a_users_message():

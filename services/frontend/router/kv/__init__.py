@@ -8,11 +8,11 @@
 
     async with KvIndexes(worker_set.all, max_pages=1_000_000) as kv:
         worker_set.on_change(kv.workers_changed)
-        cached = kv.cached_tokens(token_ids, lora_name="", cache_salt="")  # {Holder("prefill-0", 1): 1984, ...}
+        cached = kv.cached_tokens(token_ids, lora_name="", cache_salt="")  # {Holder("prefill/p0", 1): 1984, ...}
         ...  # choose
-        kv.routed(Holder("prefill-0", 1), token_ids, lora_name="", cache_salt="")
+        kv.routed(Holder("prefill/p0", 1), token_ids, lora_name="", cache_salt="")
 
-- `Holder(worker, dp_rank)`: a worker's instance id and one of its data-parallel ranks.
+- `Holder(worker, dp_rank)`: a worker by role and instance id (`cache_owner`), and one of its data-parallel ranks.
 - `cached_tokens` answers in tokens from the beginning of the prompt, only for holders with at least one page. Workers
   with different page sizes are in it alike: a prompt is hashed once per distinct size, and only as far as anyone has
   it.

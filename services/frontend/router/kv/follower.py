@@ -14,7 +14,7 @@ import grpc.aio
 import structlog
 
 from kvbaton.v1 import kv_events_pb2_grpc, worker_pb2
-from services.frontend.router.kv.index import KvIndex
+from services.frontend.router.kv.index import KvIndex, cache_owner
 from services.frontend.router.kv.state import DoubtError, NoHashesError, WorkerPages
 from services.prefixes import hashed_page_size
 from services.registry.backoff import Backoff
@@ -55,7 +55,7 @@ class KvFollower:
     """One incarnation of a worker; from now on until `stop`."""
 
     def __init__(self, index: KvIndex, worker: FollowedWorker, *, events: bool = True) -> None:
-        self.worker = worker.instance_id
+        self.worker = cache_owner(worker.role, worker.instance_id)
         self.incarnation = worker.record.incarnation
         runtime = worker.record.runtime
         self._page_size = hashed_page_size(max(1, runtime.page_size))
@@ -64,7 +64,8 @@ class KvFollower:
         self._events = kv_events_pb2_grpc.KvEventServiceStub(worker.channel)
         self._index = index
         self._was_exact = False
-        metrics.KV_INDEX_EXACT.labels(self.worker).set(0)
+        self._labels = (worker.role, worker.instance_id)
+        metrics.KV_INDEX_EXACT.labels(*self._labels).set(0)
         self._task = asyncio.create_task(self._follow() if events else self._guess(), name=f"kv events {self.worker}")
 
     @property
@@ -86,7 +87,7 @@ class KvFollower:
         """No message is applied after this; its pages are forgotten."""
         self._task.cancel()
         self._index.forget(self.worker)
-        metrics.KV_INDEX_EXACT.remove(self.worker)
+        metrics.KV_INDEX_EXACT.remove(*self._labels)
 
     async def ended(self) -> None:
         """After `stop`: its task is gone."""
@@ -147,5 +148,5 @@ class KvFollower:
         exact = self._pages.exact
         if exact != self._was_exact:
             self._was_exact = exact
-            metrics.KV_INDEX_EXACT.labels(self.worker).set(exact)
+            metrics.KV_INDEX_EXACT.labels(*self._labels).set(exact)
             log.info("kv cache known" if exact else "kv events broken off", worker=self.worker, why=why)

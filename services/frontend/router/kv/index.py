@@ -8,14 +8,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from services.frontend.router.kv.pages import PageTable
+from services.requests import Role
 from services.telemetry import metrics
 
 
 class Holder(NamedTuple):
-    """One KV cache: a worker's instance id and one of its data-parallel ranks."""
+    """One KV cache: a worker, as `cache_owner` names it, and one of its data-parallel ranks."""
 
     worker: str
     dp_rank: int
+
+
+def cache_owner(role: Role, instance_id: str) -> str:
+    """A worker among all that keep prefixes. As in the registry's keys: two roles may have the same instance id."""
+    return f"{role}/{instance_id}"
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from services.frontend.router.kv.follower import FollowedWorker, KvFollower
-from services.frontend.router.kv.index import Holder, KvIndex
+from services.frontend.router.kv.index import Holder, KvIndex, cache_owner
 from services.prefixes import iter_prefix_hashes, prefix_hashes, root
 from services.requests import Role
 
@@ -47,7 +47,8 @@ class KvIndexes:
 
     def workers_changed(self) -> None:
         """To be called after every change of what `workers` says."""
-        known = {worker.instance_id: worker for worker in self._workers() if worker.role in _ROLES}
+        caching = (worker for worker in self._workers() if worker.role in _ROLES)
+        known = {cache_owner(worker.role, worker.instance_id): worker for worker in caching}
         for name, follower in list(self._followers.items()):
             if name not in known or known[name].record.incarnation != follower.incarnation:
                 self._stop(name)
@@ -75,7 +76,7 @@ class KvIndexes:
         self.index.routed(holder, hashes, capacity=follower.capacity)
 
     def exact(self, worker: str) -> bool:
-        """Whether what is known of this worker is what it holds, as far as the index has room for it."""
+        """Whether what is known of this `cache_owner` is what it holds, as far as the index has room for it."""
         return worker in self._followers and self._followers[worker].exact
 
     def _stop(self, worker: str) -> None:

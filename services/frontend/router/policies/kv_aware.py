@@ -46,7 +46,7 @@ class KvAware(Policy):
         """See `Policy`."""
         length = len(prompt.token_ids)
         cached = self._cached(candidates, prompt)
-        held = [cached.get(Holder(each.instance_id, each.dp_rank), 0) for each in candidates]
+        held = [0 if each.cache is None else cached.get(each.cache, 0) for each in candidates]
         costs = [
             self._weight * (length - tokens) + each.load.prefill_tokens + each.load.kv_tokens / each.page_size
             for each, tokens in zip(candidates, held, strict=True)
@@ -56,12 +56,13 @@ class KvAware(Policy):
 
     def routed(self, candidate: Candidate, prompt: Prompt) -> None:
         """See `Policy`."""
-        if candidate.keeps_prefixes:
-            holder = Holder(candidate.instance_id, candidate.dp_rank)
-            self._index.routed(holder, prompt.token_ids, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt)
+        if candidate.cache is not None:
+            self._index.routed(
+                candidate.cache, prompt.token_ids, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt
+            )
 
     def _cached(self, candidates: Sequence[Candidate], prompt: Prompt) -> Mapping[Holder, int]:
-        if not any(each.keeps_prefixes for each in candidates):
+        if all(each.cache is None for each in candidates):
             return {}
         return self._index.cached_tokens(prompt.token_ids, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 from services.frontend.link.load import RankLoad
+from services.frontend.router.kv.index import Holder
 
 
 class Candidate(Protocol):
@@ -29,8 +30,8 @@ class Candidate(Protocol):
         ...
 
     @property
-    def keeps_prefixes(self) -> bool:
-        """Whether a prefix can be in its cache: prefill and aggregated workers."""
+    def cache(self) -> Holder | None:
+        """Where prefixes can be found again: prefill and aggregated workers have one."""
         ...
 
     @property

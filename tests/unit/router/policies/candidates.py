@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.frontend.link.load import RankLoad
+from services.frontend.router.kv.index import Holder
 from services.frontend.router.policies.policy import Policy, Prompt
 
 PROMPT = Prompt(list(range(1000)))
@@ -16,17 +17,17 @@ class Rank:
     instance_id: str
     dp_rank: int
     page_size: int
-    keeps_prefixes: bool
+    cache: Holder | None
     load: RankLoad
 
 
-def ranks(*tokens: int, keeps_prefixes: bool = True) -> list[Rank]:
+def ranks(*tokens: int, cached: bool = True) -> list[Rank]:
     """Workers w0, w1, ... with so many prompt tokens to compute."""
     made: list[Rank] = []
     for number, each in enumerate(tokens):
         load = RankLoad()
         load.add(each, 0, 0)
-        made.append(Rank(f"w{number}", 0, 16, keeps_prefixes, load))
+        made.append(Rank(f"w{number}", 0, 16, Holder(f"w{number}", 0) if cached else None, load))
     return made
 
 

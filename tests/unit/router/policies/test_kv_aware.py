@@ -81,14 +81,14 @@ def test_ranks_of_one_worker_are_told_apart() -> None:
     index = Index()
     index.cached = {Holder("w0", 1): 512}
     first = ranks(0)[0]
-    second = Rank("w0", 1, 16, True, first.load)
+    second = Rank("w0", 1, 16, Holder("w0", 1), first.load)
     choice = policy(index).choose([first, second], PROMPT)
     assert (choice.candidate.dp_rank, choice.cached_tokens) == (1, 512)
 
 
 def test_decode_workers_hold_no_prefixes_so_nobody_asks() -> None:
     index = Index(w0=512)
-    workers = ranks(0, 0, keeps_prefixes=False)
+    workers = ranks(0, 0, cached=False)
     workers[0].load.add(0, 1600, 1)
     assert chosen(policy(index), workers) == ["w1"]
     assert index.asked == []
