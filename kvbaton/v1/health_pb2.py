@@ -27,27 +27,31 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from kvbaton.v1 import worker_pb2 as kvbaton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/health.proto\x12\nkvbaton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvbaton/v1/worker.proto\"\x0f\n\rStatusRequest\"\xfd\x02\n\x0eStatusResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.kvbaton.v1.WorkerState\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12,\n\x0bincarnation\x18\x05 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12(\n\x05model\x18\x06 \x01(\x0b\x32\x19.kvbaton.v1.ModelIdentity\x12&\n\x08versions\x18\x07 \x01(\x0b\x32\x14.kvbaton.v1.Versions\x12\x1e\n\x04load\x18\x08 \x01(\x0b\x32\x10.kvbaton.v1.Load\x12.\n\nstarted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x07workers\x18\n \x03(\x0b\x32\x17.kvbaton.v1.KnownWorker\"\xa1\x01\n\x04Load\x12\x15\n\rlive_requests\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x04\x12#\n\x05ranks\x18\x06 \x03(\x0b\x32\x14.kvbaton.v1.RankLoad\"\x92\x01\n\x08RankLoad\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x04\x12\x16\n\x0eprefill_tokens\x18\x06 \x01(\x04\"\xa9\x01\n\x0bKnownWorker\x12(\n\x06record\x18\x01 \x01(\x0b\x32\x18.kvbaton.v1.WorkerRecord\x12\x10\n\x08routable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nregistered\x18\x04 \x01(\x08\x12\x15\n\rlive_requests\x18\x05 \x01(\r\x12#\n\x05ranks\x18\x06 \x03(\x0b\x32\x14.kvbaton.v1.RankLoad\"0\n\x0cProbeRequest\x12\x14\n\x07\x64p_rank\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\n\n\x08_dp_rank\";\n\rProbeResponse\x12*\n\x07\x65lapsed\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration2\x8e\x01\n\rHealthService\x12?\n\x06Status\x12\x19.kvbaton.v1.StatusRequest\x1a\x1a.kvbaton.v1.StatusResponse\x12<\n\x05Probe\x12\x18.kvbaton.v1.ProbeRequest\x1a\x19.kvbaton.v1.ProbeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/health.proto\x12\nkvbaton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvbaton/v1/worker.proto\"\x0f\n\rStatusRequest\"\xa9\x03\n\x0eStatusResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.kvbaton.v1.WorkerState\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12,\n\x0bincarnation\x18\x05 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12(\n\x05model\x18\x06 \x01(\x0b\x32\x19.kvbaton.v1.ModelIdentity\x12&\n\x08versions\x18\x07 \x01(\x0b\x32\x14.kvbaton.v1.Versions\x12\x1e\n\x04load\x18\x08 \x01(\x0b\x32\x10.kvbaton.v1.Load\x12.\n\nstarted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x07workers\x18\n \x03(\x0b\x32\x17.kvbaton.v1.KnownWorker\x12*\n\x08registry\x18\x0b \x01(\x0b\x32\x18.kvbaton.v1.RegistryView\"w\n\x0cRegistryView\x12&\n\x03\x61ge\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12.\n\x0bproblem_for\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa1\x01\n\x04Load\x12\x15\n\rlive_requests\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x04\x12#\n\x05ranks\x18\x06 \x03(\x0b\x32\x14.kvbaton.v1.RankLoad\"\x92\x01\n\x08RankLoad\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x18\n\x10waiting_requests\x18\x03 \x01(\r\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x04\x12\x16\n\x0eprefill_tokens\x18\x06 \x01(\x04\"\xd4\x01\n\x0bKnownWorker\x12(\n\x06record\x18\x01 \x01(\x0b\x32\x18.kvbaton.v1.WorkerRecord\x12\x10\n\x08routable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nregistered\x18\x04 \x01(\x08\x12\x15\n\rlive_requests\x18\x05 \x01(\r\x12#\n\x05ranks\x18\x06 \x03(\x0b\x32\x14.kvbaton.v1.RankLoad\x12)\n\x07\x62reaker\x18\x07 \x01(\x0e\x32\x18.kvbaton.v1.BreakerState\"0\n\x0cProbeRequest\x12\x14\n\x07\x64p_rank\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\n\n\x08_dp_rank\";\n\rProbeResponse\x12*\n\x07\x65lapsed\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03\x32\x8e\x01\n\rHealthService\x12?\n\x06Status\x12\x19.kvbaton.v1.StatusRequest\x1a\x1a.kvbaton.v1.StatusResponse\x12<\n\x05Probe\x12\x18.kvbaton.v1.ProbeRequest\x1a\x19.kvbaton.v1.ProbeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvbaton.v1.health_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_BREAKERSTATE']._serialized_start=1334
+  _globals['_BREAKERSTATE']._serialized_end=1458
   _globals['_STATUSREQUEST']._serialized_start=129
   _globals['_STATUSREQUEST']._serialized_end=144
   _globals['_STATUSRESPONSE']._serialized_start=147
-  _globals['_STATUSRESPONSE']._serialized_end=528
-  _globals['_LOAD']._serialized_start=531
-  _globals['_LOAD']._serialized_end=692
-  _globals['_RANKLOAD']._serialized_start=695
-  _globals['_RANKLOAD']._serialized_end=841
-  _globals['_KNOWNWORKER']._serialized_start=844
-  _globals['_KNOWNWORKER']._serialized_end=1013
-  _globals['_PROBEREQUEST']._serialized_start=1015
-  _globals['_PROBEREQUEST']._serialized_end=1063
-  _globals['_PROBERESPONSE']._serialized_start=1065
-  _globals['_PROBERESPONSE']._serialized_end=1124
-  _globals['_HEALTHSERVICE']._serialized_start=1127
-  _globals['_HEALTHSERVICE']._serialized_end=1269
+  _globals['_STATUSRESPONSE']._serialized_end=572
+  _globals['_REGISTRYVIEW']._serialized_start=574
+  _globals['_REGISTRYVIEW']._serialized_end=693
+  _globals['_LOAD']._serialized_start=696
+  _globals['_LOAD']._serialized_end=857
+  _globals['_RANKLOAD']._serialized_start=860
+  _globals['_RANKLOAD']._serialized_end=1006
+  _globals['_KNOWNWORKER']._serialized_start=1009
+  _globals['_KNOWNWORKER']._serialized_end=1221
+  _globals['_PROBEREQUEST']._serialized_start=1223
+  _globals['_PROBEREQUEST']._serialized_end=1271
+  _globals['_PROBERESPONSE']._serialized_start=1273
+  _globals['_PROBERESPONSE']._serialized_end=1332
+  _globals['_HEALTHSERVICE']._serialized_start=1461
+  _globals['_HEALTHSERVICE']._serialized_end=1603
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,23 @@ from services.config.limits import AccessFlags, LimitFlags
 
 
 @dataclass(frozen=True, slots=True)
+class BreakerFlags:
+    """When a worker that fails its requests gets no more of them, although it says that it is well."""
+
+    breaker_faults: int = flag(5, "faults of a worker in a row that open its breaker; 0: no breakers")
+    breaker_pause: float = flag(1.0, "seconds until the worker behind an open breaker is probed; then doubled")
+    breaker_longest_pause: float = flag(30.0, "seconds between two such probes at most")
+
+    def __post_init__(self) -> None:
+        if self.breaker_faults < 0:
+            raise ValueError("--breaker-faults must not be negative")
+        if self.breaker_pause <= 0:
+            raise ValueError("--breaker-pause must be positive")
+        if self.breaker_longest_pause < self.breaker_pause:
+            raise ValueError("--breaker-longest-pause must not be shorter than --breaker-pause")
+
+
+@dataclass(frozen=True, slots=True)
 class FrontendConfig:
     """One frontend process."""
 
@@ -37,6 +54,7 @@ class FrontendConfig:
     max_migrations: int = flag(
         3, "times that an answer goes on with other workers, behind its first token, when its own have failed; 0: never"
     )
+    breaker: BreakerFlags = group(BreakerFlags)
     max_embedding_calls: int = flag(64, "embedding calls at once to each worker; more get RESOURCE_EXHAUSTED")
     embedding_timeout: float = flag(60.0, "seconds that one embedding request may take, with all its attempts")
     drain_timeout: float = flag(30.0, "seconds that live requests have to finish on SIGTERM")

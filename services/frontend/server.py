@@ -53,7 +53,7 @@ from services.http_protocol import ConnectionLimits
 from services.http_server import HttpServer, allow_open_files
 from services.registry.etcd import EtcdClient
 from services.registry.watcher import RegistryWatcher
-from services.telemetry.metrics import watch_event_loop
+from services.telemetry.metrics import watch_event_loop, watch_registry
 from services.transport import bind, join_host_port, make_server
 
 log = structlog.get_logger()
@@ -121,8 +121,9 @@ class Frontend:
         texts = TextModels(cache_folder())
         stack.callback(texts.close)
         etcd = await stack.enter_async_context(EtcdClient(config.etcd.endpoints, config.etcd.tls()))
-        watcher = await stack.enter_async_context(RegistryWatcher(etcd, config.etcd.namespace))
-        self.workers = await stack.enter_async_context(WorkerSet(config, watcher, texts))
+        self._registry = await stack.enter_async_context(RegistryWatcher(etcd, config.etcd.namespace))
+        watch_registry(self._registry.last_synced_age)
+        self.workers = await stack.enter_async_context(WorkerSet(config, self._registry, texts))
         router = Router(self.workers)
         pairs = PairChecks(enabled=config.check_pairs)
         stack.push_async_callback(pairs.close)
@@ -180,7 +181,7 @@ class Frontend:
         generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(generation), server)
         embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedServicer(embedding), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(
-            HealthServicer(self.generation, self.embedding, self.workers), server
+            HealthServicer(self.generation, self.embedding, self.workers, self._registry), server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(generation), server)
         text_pb2_grpc.add_TextServiceServicer_to_server(TextServicer(generation), server)

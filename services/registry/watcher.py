@@ -52,6 +52,14 @@ class RegistrySynced:
     workers: int
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryTrouble:
+    """etcd can't be followed since `seconds`; `reason` is what it met first."""
+
+    seconds: float
+    reason: str
+
+
 RegistryEvent = WorkerPut | WorkerWithdrawn | WorkerUnregistered | RegistrySynced
 
 
@@ -83,6 +91,7 @@ class RegistryWatcher:
         self._synced_at: float | None = None
         self._synced = asyncio.Event()
         self._lost_at: float | None = None
+        self._lost_reason = ""
         self._events: asyncio.Queue[RegistryEvent] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
@@ -116,6 +125,10 @@ class RegistryWatcher:
         """Seconds since etcd last proved that this view is complete; None before the first list."""
         return None if self._synced_at is None else time.monotonic() - self._synced_at
 
+    def trouble(self) -> RegistryTrouble | None:
+        """Why the view may be out of date; None while etcd is followed."""
+        return None if self._lost_at is None else RegistryTrouble(time.monotonic() - self._lost_at, self._lost_reason)
+
     async def _run(self) -> None:
         backoff = Backoff()
         while True:
@@ -136,13 +149,14 @@ class RegistryWatcher:
         """List and diff, then the watch until the next audit is due."""
         listing = await self._client.list_prefix(self._prefix)
         self._diff(listing)
-        self._regained()
         self._proven()
         self._emit(RegistrySynced(self._revision, len(self._workers)))
         self._synced.set()
         stream = await self._client.watch_prefix(self._prefix, listing.revision + 1)
         try:
             self._refuse_older(stream.revision)
+            # Not before: a list that no watch can follow, again and again, would be a change each time.
+            self._regained()
             await self._read(stream, backoff)
         finally:
             await stream.close()
@@ -231,7 +245,7 @@ class RegistryWatcher:
 
     def _lost(self, endpoint: str, error: Exception) -> None:
         if self._lost_at is None:
-            self._lost_at = time.monotonic()
+            self._lost_at, self._lost_reason = time.monotonic(), f"{endpoint}: {error}"
             _log.warning("registry_lost", endpoint=endpoint, reason=str(error), workers=len(self._workers))
 
     def _regained(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Callable
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -63,6 +65,13 @@ MIGRATIONS = Counter("kvbaton_migrations", "Times an answer went on elsewhere, o
 # Call: Tokenize, Detokenize.
 TEXT_REQUESTS = Counter("kvbaton_text_requests", "Calls of TextService, over HTTP too.", ["call", "outcome"])
 ROUTABLE_WORKERS = Gauge("kvbaton_routable_workers", "Workers that requests can be sent to.", ["role"])
+# State: closed, open, half_open. A worker with an open breaker that is not ejected is its pool's last resort.
+BREAKERS = Gauge("kvbaton_breakers", "Workers by the state of their breaker.", ["role", "state"])
+BREAKER_OPENINGS = Counter("kvbaton_breaker_openings", "Times a worker's breaker has opened.", ["role", "worker"])
+EJECTED_WORKERS = Gauge("kvbaton_ejected_workers", "Workers that their breaker keeps requests from.", ["role"])
+REGISTRY_AGE_SECONDS = Gauge(
+    "kvbaton_registry_age_seconds", "Seconds since etcd last proved that all workers are known; NaN before it has."
+)
 # Frontend: the index of what its workers' KV caches hold. Why: first, missed (away for too long), doubt.
 KV_INDEX_PAGES = Gauge("kvbaton_kv_index_pages", "Different pages in the KV index.")
 KV_INDEX_EVICTED = Counter("kvbaton_kv_index_evicted_pages", "Pages that left the full KV index for others.")
@@ -84,6 +93,16 @@ EMBEDDING_SECONDS = Histogram(
 ACCESS_REFUSALS = Counter("kvbaton_refused_by_access", "Requests that their API key did not allow.", ["key", "reason"])
 
 EVENT_LOOP_TASKS = Gauge("kvbaton_event_loop_tasks", "Tasks of the process's event loop; flat when nothing leaks.")
+
+
+def watch_registry(age: Callable[[], float | None]) -> None:
+    """From now on `kvbaton_registry_age_seconds` is this age in seconds, when it is read."""
+
+    def seconds() -> float:
+        known = age()
+        return math.nan if known is None else known
+
+    REGISTRY_AGE_SECONDS.set_function(seconds)
 
 
 def watch_event_loop(loop: asyncio.AbstractEventLoop) -> None:

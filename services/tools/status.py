@@ -10,7 +10,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from kvbaton.v1 import worker_pb2
+from google.protobuf import duration_pb2
+
+from kvbaton.v1 import health_pb2, worker_pb2
 from services.config.common import EtcdFlags
 from services.config.flags import ConfigError, add_flags, build
 from services.tools.client_flags import ClientFlags
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction  # pyright: ignore[reportPrivateUsage]
 
 _CALL_TIMEOUT = 3.0
+_SUSPECT = (health_pb2.BREAKER_STATE_OPEN, health_pb2.BREAKER_STATE_HALF_OPEN)
 _HEADINGS = ("ROLE", "INSTANCE", "STATE", "ENDPOINT", "MODEL", "PAGES", "LIVE", "TOKENS", "AGE", "ETCD", "ROUTABLE")
 
 
@@ -64,6 +67,7 @@ def as_text(topology: Topology, endpoint: str, etcd: EtcdFlags, now: float) -> s
         [
             ["frontend", endpoint, _frontend_says(topology, now)],
             ["etcd", etcd.etcd_endpoints, f"unreachable: {etcd_says}" if topology.etcd_problem else etcd_says],
+            *([["", "the frontend's view", _view(topology.frontend.registry)]] if topology.frontend else []),
         ]
     )
     if not topology.workers:
@@ -80,7 +84,12 @@ def as_json(topology: Topology, now: float) -> dict[str, object]:
         "serving": topology.serving,
         "frontend": None
         if frontend is None
-        else {"state": _state_name(frontend.state), "live_requests": frontend.load.live_requests},
+        else {
+            "state": _state_name(frontend.state),
+            "live_requests": frontend.load.live_requests,
+            "registry_age_seconds": _seconds(frontend.registry.age) if frontend.registry.HasField("age") else None,
+            "registry_problem": frontend.registry.problem or None,
+        },
         "frontend_problem": topology.frontend_problem or None,
         "etcd_problem": topology.etcd_problem or None,
         "workers": [_worker_json(worker, now) for worker in topology.workers],
@@ -96,6 +105,14 @@ def _frontend_says(topology: Topology, now: float) -> str:
     )
     age = duration(now - status.started_at.ToNanoseconds() / 1e9)
     return f"{state}, {status.load.live_requests} live requests, up for {age}"
+
+
+def _view(registry: health_pb2.RegistryView) -> str:
+    """How old the frontend's list of workers is, and why it is old."""
+    age = f"{duration(_seconds(registry.age))} old" if registry.HasField("age") else "etcd has never answered it"
+    if not registry.problem:
+        return age
+    return f"{age}, etcd unreachable for {duration(_seconds(registry.problem_for))}: {registry.problem}"
 
 
 def _row(worker: Seen, topology: Topology, now: float) -> list[str]:
@@ -128,6 +145,8 @@ def _routable(worker: Seen, topology: Topology) -> str:
     if worker.known is None:
         return "no: the frontend doesn't know it"
     suffix = "" if worker.known.registered else " (unregistered)"
+    if worker.known.routable and worker.known.breaker in _SUSPECT:
+        suffix += " (last resort: its breaker is open)"
     return ("yes" if worker.known.routable else f"no: {worker.known.reason}") + suffix
 
 
@@ -153,11 +172,20 @@ def _worker_json(worker: Seen, now: float) -> dict[str, object]:
         "routable": known.routable if known is not None else None,
         "not_routable_because": known.reason or None if known is not None else None,
         "registered": known.registered if known is not None else None,
+        "breaker": _breaker_name(known.breaker) if known is not None else None,
     }
 
 
 def _state_name(state: worker_pb2.WorkerState) -> str:
     return worker_pb2.WorkerState.Name(state).removeprefix("WORKER_STATE_").lower()
+
+
+def _breaker_name(state: health_pb2.BreakerState) -> str:
+    return health_pb2.BreakerState.Name(state).removeprefix("BREAKER_STATE_").lower()
+
+
+def _seconds(span: duration_pb2.Duration) -> float:
+    return round(span.ToNanoseconds() / 1e9, 3)
 
 
 def _role_name(role: worker_pb2.WorkerRole) -> str:

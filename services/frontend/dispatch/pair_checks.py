@@ -88,6 +88,12 @@ class PairChecks:
             if (again := self._pairs.pop(key).again) is not None:
                 again.cancel()
 
+    def doubt(self, incarnations: set[str]) -> None:
+        """Pairs of theirs that have been proven must be proven again."""
+        for key, pair in self._pairs.items():
+            if pair.state is PairState.PROVEN and not incarnations.isdisjoint(key):
+                pair.state = PairState.UNKNOWN
+
     async def close(self) -> None:
         """Ends what runs."""
         self.keep_only(set())

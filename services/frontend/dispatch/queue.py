@@ -121,7 +121,10 @@ class DispatchQueue:
 
     def workers_changed(self) -> None:
         """Some worker came, went, or can't be routed to any more."""
-        self._pairs.keep_only({worker.record.incarnation.uuid for worker in self._router.known()})
+        known = self._router.known()
+        self._pairs.keep_only({worker.record.incarnation.uuid for worker in known})
+        # When they come back it is not a client's request that shows whether they can hand over again.
+        self._pairs.doubt({worker.record.incarnation.uuid for worker in known if worker.ejected})
         in_reach = {target.decode for model in self._lines for target in self._router.targets(model)}
         for worker in self._router.streaming():
             if worker not in in_reach:

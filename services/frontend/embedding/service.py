@@ -18,6 +18,7 @@ from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import embed_pb2
 from services.config.frontend import FrontendConfig
 from services.frontend.embedding.prepare import PreparedEmbedding, prepare
+from services.frontend.request.blame import is_workers_fault
 from services.frontend.request.retry import retryable
 from services.frontend.router.embedding import EmbeddingRouter
 from services.frontend.router.worker import Worker
@@ -196,6 +197,11 @@ class EmbeddingService:
                     retry_after=1.0,
                 )
             response = calling.result()
+            worker.breaker.succeeded()
+        except RequestError as error:
+            if is_workers_fault(error) or error.reason is Reason.ENGINE_ABORTED:
+                worker.breaker.failed(str(error), sent=sent)
+            raise
         finally:
             for task in (calling, silent):
                 task.cancel()

@@ -234,6 +234,10 @@ class SessionLink:
         log.info("session stands" if healthy else "session lost", worker=self._worker, why=why)
         self._changed()
 
+    def name(self, error: RequestError) -> RequestError:
+        """The same error, of this worker's leg."""
+        return error.with_context(leg=self._leg, worker=self._worker)
+
     def _error(self, reason: Reason, message: str) -> RequestError:
         return RequestError(
             grpc.StatusCode.UNAVAILABLE, reason, message, leg=self._leg, worker=self._worker, retry_after=1.0
@@ -283,7 +287,7 @@ class SessionLeg:
         if not self._failed:
             self._failed = True
             self._end_share()
-            self._sink(LegFailed(error.with_context(room=self._room)))
+            self._sink(LegFailed(self._link.name(error).with_context(room=self._room)))
 
     def take(self, update: session_pb2.LegUpdate) -> bool:
         """One update; True when it was the last."""

@@ -15,6 +15,7 @@ from kvbaton import token_ids
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2
 from services.frontend.link.protocol import Leg, LegEvent, LegFailed, LegFinished, LegTokens
+from services.frontend.request.blame import Blame
 from services.frontend.request.prepare import PreparedRequest
 from services.frontend.router.placement import Placement
 from services.frontend.router.worker import Worker
@@ -42,7 +43,8 @@ class Attempt:
     ) -> None:
         self.placement = placement
         self.room = _fresh_room(placement)
-        self.hand_over = HandOver(expected=placement.prefill is not None)
+        self._blame = Blame(placement)
+        self.hand_over = HandOver(expected=placement.prefill is not None, succeeded=self._blame.handed_over)
         self._prepared = prepared
         self._sink = sink
         self._span = span
@@ -57,6 +59,7 @@ class Attempt:
             self._open.add(worker.role)
             self._waiting_for.add(worker.role)
         self._describe()
+        self._blame.sent()
         trace_headers = tracing.headers_of(self._span)
         for worker in reversed(self.placement.workers):
             credit = self.placement.credit if worker is self.placement.decode else None
@@ -75,12 +78,13 @@ class Attempt:
         return 0 if self.room is None else self.room.room
 
     async def close(self, *, answered: bool, error: RequestError | None = None) -> None:
-        """Ends what still runs, prefill first. `error` is why, for the trace.
+        """Ends what still runs, prefill first. `error` is why, for the trace and the workers' breakers.
 
         NIXL writes are one-sided: while the prefill leg lives it may write into decode's pages, so decode must not let
         go of them (and give them to another request) before prefill has ended or can't be reached any more. After a
         complete answer (`answered`) prefill gets the moment that it needs to end by itself.
         """
+        self._blame.ended(answered=answered, error=error)
         try:
             await self._end_legs(answered=answered)
         finally:
@@ -150,8 +154,9 @@ class HandOver:
     are not this request's.
     """
 
-    def __init__(self, *, expected: bool) -> None:
+    def __init__(self, *, expected: bool, succeeded: Callable[[], None]) -> None:
         self._expected = expected
+        self._succeeded = succeeded
         self._prefill: int | None = None
         self._decode: int | None = None
 
@@ -174,13 +179,16 @@ class HandOver:
             self._decode = event.token_ids[0]
         else:
             return
-        if self._prefill is not None and self._decode is not None and self._prefill != self._decode:
+        if self._prefill is None or self._decode is None:
+            return
+        if self._prefill != self._decode:
             raise RequestError(
                 grpc.StatusCode.DATA_LOSS,
                 Reason.FIRST_TOKEN_MISMATCH,
                 f"prefill generated token {self._prefill} first, decode {self._decode}:"
                 " the KV cache is not this request's",
             )
+        self._succeeded()
 
 
 def _fresh_room(placement: Placement) -> Room | None:

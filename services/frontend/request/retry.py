@@ -26,7 +26,7 @@ _ONE_WORKERS_FAULT = frozenset(
     }
 )
 # A hand-over that failed, or took too long: either side may be the cause.
-_EITHER_ONES_FAULT = frozenset({Reason.ENGINE_ABORTED, Reason.DEADLINE_PREFILL, Reason.DEADLINE_TRANSFER})
+EITHER_ONES_FAULT = frozenset({Reason.ENGINE_ABORTED, Reason.DEADLINE_PREFILL, Reason.DEADLINE_TRANSFER})
 
 _JITTER_SECONDS = 0.05
 
@@ -49,7 +49,7 @@ class RetryPolicy:
     def blame(self, error: RequestError, placement: Placement, *, handed_over: bool = False) -> None:
         """Remembers the workers at fault; behind the hand-over (`handed_over`) that is the one that says so."""
         at_fault = [worker for worker in placement.workers if worker.role.value == error.leg]
-        if (error.reason in _EITHER_ONES_FAULT and not handed_over) or not at_fault:
+        if (error.reason in EITHER_ONES_FAULT and not handed_over) or not at_fault:
             for worker in placement.workers:
                 self._suspects[worker.role].add(worker.instance_id)
         else:
@@ -79,4 +79,4 @@ def retryable(error: RequestError) -> bool:
     """Whether the failure was the workers' and not the request's."""
     if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED):
         return False
-    return error.reason in _ONE_WORKERS_FAULT | _EITHER_ONES_FAULT
+    return error.reason in _ONE_WORKERS_FAULT | EITHER_ONES_FAULT

@@ -30,6 +30,7 @@ from services.frontend.link.load import RankLoad, WorkerLoad
 from services.frontend.link.protocol import WorkerLink
 from services.frontend.link.session import SessionLink
 from services.frontend.link.streams import StreamLink, unreachable
+from services.frontend.router.breaker import Breaker, BreakerState
 from services.frontend.router.kv.index import Holder, cache_owner
 from services.frontend.text.tokenizer import TokenizerError
 from services.frontend.text_models import TextModel, TextModels
@@ -40,6 +41,14 @@ log = structlog.get_logger()
 
 _CALL_TIMEOUT = 5.0
 _RETRY_SECONDS = 0.25
+# Of the probe behind an open breaker, for each dp rank.
+_PROBE_TIMEOUT = 10.0
+
+_BREAKER_TO_PROTO = {
+    BreakerState.CLOSED: health_pb2.BREAKER_STATE_CLOSED,
+    BreakerState.OPEN: health_pb2.BREAKER_STATE_OPEN,
+    BreakerState.HALF_OPEN: health_pb2.BREAKER_STATE_HALF_OPEN,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +99,11 @@ class Worker:
         self._credits_came = credits_came
         self._channel = make_channel(record.grpc_endpoint, tls=config.tls.client())
         self.link = self._make_link(config)
+        self.breaker = Breaker(
+            config.breaker, worker=record.instance_id, role=self.role, probe=self._probe, changed=changed
+        )
+        self.ejected = False
+        """Whether its breaker keeps requests from it; see `ejection`."""
         self._watching = asyncio.create_task(self._watch(), name=f"worker {record.instance_id}")
 
     @property
@@ -105,6 +119,11 @@ class Worker:
     @property
     def routable(self) -> bool:
         """Whether a new request may go here."""
+        return self.answering and not self.ejected
+
+    @property
+    def answering(self) -> bool:
+        """Whether it is connected, says that it serves, and stays."""
         return self._answers and self.link.healthy and self.record.state != worker_pb2.WORKER_STATE_DRAINING
 
     @property
@@ -114,6 +133,8 @@ class Worker:
             return "draining"
         if self._answers and not self.link.healthy:
             return "no session, or silent"
+        if self.answering and self.ejected:
+            return f"ejected by its breaker: {self.breaker.last_fault}"
         return "" if self.routable else self._reason
 
     @property
@@ -150,6 +171,7 @@ class Worker:
             reason=self.reason,
             registered=self.registered,
             live_requests=self.live_requests,
+            breaker=_BREAKER_TO_PROTO[self.breaker.state],
             ranks=[rank.load.describe(rank.dp_rank) for rank in self.ranks],
         )
 
@@ -178,8 +200,17 @@ class Worker:
     async def close(self) -> None:
         """Ends its legs with WORKER_UNREACHABLE and the connection."""
         self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
+        await asyncio.gather(self._watching, self.breaker.close(), return_exceptions=True)
         await self.link.close()
+
+    async def _probe(self) -> None:
+        """A token, or an embedding, of every dp rank. Raises RequestError."""
+        stub = health_pb2_grpc.HealthServiceStub(self._channel)
+        for rank in self.ranks:
+            try:
+                await stub.Probe(health_pb2.ProbeRequest(dp_rank=rank.dp_rank), timeout=_PROBE_TIMEOUT)
+            except grpc.aio.AioRpcError as error:
+                raise RequestError.from_rpc_error(error) from error
 
     def _rank(self, index: int, load: RankLoad) -> WorkerRank:
         page_size = max(1, self.record.runtime.page_size)

@@ -16,6 +16,8 @@ import structlog
 
 from kvbaton.v1 import worker_pb2
 from services.config.frontend import FrontendConfig
+from services.frontend.router.breaker import BreakerState
+from services.frontend.router.ejection import ejected
 from services.frontend.router.worker import Worker
 from services.frontend.text_models import TextModels
 from services.registry.records import WorkerKey, is_newer
@@ -173,8 +175,20 @@ class WorkerSet:
         for listener in self._credit_listeners:
             listener(worker)
 
+    def _eject(self) -> None:
+        gone = ejected(self._in_order)
+        for worker in self._in_order:
+            if worker.ejected != (worker in gone):
+                worker.ejected = not worker.ejected
+                log.info("worker ejected" if worker.ejected else "worker taken back", worker=worker.instance_id)
+
     def _changed(self) -> None:
+        self._eject()
         for role in Role:
             metrics.ROUTABLE_WORKERS.labels(role).set(len(self.routable(role)))
+            workers = [worker for worker in self._in_order if worker.role is role]
+            metrics.EJECTED_WORKERS.labels(role).set(sum(worker.ejected for worker in workers))
+            for state in BreakerState:
+                metrics.BREAKERS.labels(role, state).set(sum(worker.breaker.state is state for worker in workers))
         for listener in self._listeners:
             listener()

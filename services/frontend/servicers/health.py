@@ -13,6 +13,7 @@ from services.frontend.embedding.service import EmbeddingService
 from services.frontend.router.worker_set import WorkerSet
 from services.frontend.service import GenerationService
 from services.modes import GENERATE
+from services.registry.watcher import RegistryWatcher
 from services.telemetry import tracing
 from services.version import own_version
 
@@ -20,10 +21,17 @@ from services.version import own_version
 class HealthServicer(health_pb2_grpc.HealthServiceServicer):
     """SERVING while at least one model can be generated or embedded with."""
 
-    def __init__(self, generation: GenerationService, embedding: EmbeddingService, workers: WorkerSet) -> None:
+    def __init__(
+        self,
+        generation: GenerationService,
+        embedding: EmbeddingService,
+        workers: WorkerSet,
+        registry: RegistryWatcher,
+    ) -> None:
         self._generation = generation
         self._embedding = embedding
         self._workers = workers
+        self._registry = registry
         self._started_at = time.time()
 
     async def Status(
@@ -35,6 +43,7 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
             versions=worker_pb2.Versions(kvbaton=own_version()),
             load=health_pb2.Load(live_requests=self._generation.live_requests + self._embedding.live_requests),
             workers=[worker.describe() for worker in self._workers.all()],
+            registry=self._view(),
         )
         response.started_at.FromNanoseconds(int(self._started_at * 1e9))
         return response
@@ -58,6 +67,15 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
         response = health_pb2.ProbeResponse()
         response.elapsed.FromNanoseconds(int((time.monotonic() - started) * 1e9))
         return response
+
+    def _view(self) -> health_pb2.RegistryView:
+        view = health_pb2.RegistryView()
+        if (age := self._registry.last_synced_age()) is not None:
+            view.age.FromNanoseconds(int(age * 1e9))
+        if (trouble := self._registry.trouble()) is not None:
+            view.problem = trouble.reason
+            view.problem_for.FromNanoseconds(int(trouble.seconds * 1e9))
+        return view
 
     async def _embed(self, info: model_pb2.ModelInfo) -> None:
         token_ids = generate_pb2.TokenIds(ids=[info.bos_token_id])

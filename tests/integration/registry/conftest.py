@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -27,6 +26,7 @@ from services.registry.local import LocalEtcd, find_binary
 from services.registry.publisher import RecordPublisher
 from services.registry.records import WorkerKey
 from services.registry.watcher import RegistryEvent, RegistryWatcher
+from tests.support import freezing
 
 NAMESPACE = "test"
 TTL = 2
@@ -148,10 +148,10 @@ class Harness:
         return await asyncio.to_thread(call)
 
     def freeze(self) -> None:
-        os.kill(self.etcd.pid, signal.SIGSTOP)
+        freezing.freeze(self.etcd.pid)
 
     def thaw(self) -> None:
-        os.kill(self.etcd.pid, signal.SIGCONT)
+        freezing.thaw(self.etcd.pid)
 
     async def restart(self, *, with_data: bool) -> None:
         """A new etcd process on the same port."""

@@ -62,6 +62,7 @@ class FakeWorker:
         self.record.model.name = model
         self.link = FakeLink(free, window)
         self.load = WorkerLoad(dp_size)
+        self.ejected = False
         self.ranks = [
             WorkerRank(cast("Any", self), name, rank, 16, None if role is Role.DECODE else Holder(name, rank), load)
             for rank, load in enumerate(self.load.ranks)
@@ -114,6 +115,9 @@ class FakePairs:
 
     def set(self, prefill: str, decode: str, state: PairState) -> None:
         self.states[prefill, decode] = state
+
+    def doubt(self, _: set[str]) -> None:
+        pass
 
     def keep_only(self, _: set[str]) -> None:
         pass

@@ -91,6 +91,30 @@ def test_without_a_frontend_a_serving_worker_counts():
     assert not topology(frontend=None).serving
 
 
+def test_the_age_of_the_frontends_view_is_shown_and_why_it_is_old():
+    shown = topology(worker())
+    assert shown.frontend is not None
+    assert "the frontend's view  etcd has never answered it" in as_text(shown, "f", EtcdFlags(), NOW)
+    shown.frontend.registry.age.FromSeconds(72)
+    assert "the frontend's view  1 m 12 s old\n" in as_text(shown, "f", EtcdFlags(), NOW)
+    shown.frontend.registry.problem = "e1:2379: no answer"
+    shown.frontend.registry.problem_for.FromSeconds(70)
+    text = as_text(shown, "f", EtcdFlags(), NOW)
+    assert "1 m 12 s old, etcd unreachable for 1 m 10 s: e1:2379: no answer\n" in text
+    described = as_json(shown, NOW)["frontend"]
+    assert isinstance(described, dict)
+    assert (described["registry_age_seconds"], described["registry_problem"]) == (72, "e1:2379: no answer")
+
+
+def test_a_last_resort_is_shown_as_one():
+    seen = worker()
+    assert seen.known is not None
+    seen.known.breaker = health_pb2.BREAKER_STATE_OPEN
+    assert row(topology(seen)).endswith("yes (last resort: its breaker is open)")
+    (only,) = as_json(topology(seen), NOW)["workers"]  # type: ignore[misc]
+    assert only["breaker"] == "open"
+
+
 def test_json_has_null_for_what_nobody_said():
     described = as_json(topology(replace(worker(), status=None, known=None), frontend=None), NOW)
     assert described["frontend"] is None

@@ -1,0 +1,222 @@
+"""Whatever etcd does, no request fails, no worker is lost, and none is left that is gone.
+
+PEERS' "etcd" and invariant 2 of the design: real etcd processes, a frontend and workers of their own, and requests all
+the time, each compared with the oracle. In each outage a worker dies and another one starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import subprocess
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from kvbaton.client import Client
+from kvbaton.errors import RequestError
+from kvbaton.v1 import health_pb2
+from services.registry.etcd import EtcdClient, EtcdError
+from services.registry.local import LocalEtcd, find_binary
+from services.registry.lookup import list_workers
+from tests.support.etcd_cluster import EtcdCluster
+from tests.support.freezing import freeze, thaw
+from tests.support.ports import free_port
+from tests.support.processes import Processes, all_proven, all_routable
+from tests.support.traffic import steady
+from tests.support.waiting import eventually
+
+LEASE = 2.0
+DEATHS = 2
+PER_SECOND = 20
+# Until leases have run out, and workers have put their records again; and as much again for a busy machine.
+SETTLED_WITHIN = 15 * LEASE
+STAYING = ("prefill", "decode")
+# It takes no requests, so that its death is etcd's affair alone.
+DOOMED = "embedding"
+LATE = "late-decode"
+
+
+class Cluster:
+    """The processes around one etcd, or several members."""
+
+    def __init__(self, processes: Processes, endpoints: str) -> None:
+        self.processes = processes
+        self._endpoints = endpoints.split(",")
+        self._client: Client | None = None
+
+    @property
+    def client(self) -> Client:
+        assert self._client is not None
+        return self._client
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncGenerator[None]:
+        self.processes.frontend("--heartbeat", "2")
+        for name in STAYING:
+            self.start(name, name)
+        self.start(DOOMED, "decode", "--embedding-worker")
+        async with Client(self.processes.target) as self._client:
+            await all_routable(self.client, 3)
+            await all_proven(self.processes, self.client, 1)
+            yield
+
+    def start(self, name: str, *arguments: str) -> None:
+        self.processes.worker(name, *arguments, "--lease-ttl", f"{LEASE:g}")
+
+    async def kill_one_and_start_one(self) -> None:
+        """What nobody can tell etcd of."""
+        await asyncio.to_thread(self.processes.kill, DOOMED)
+        self.start(LATE, "decode")
+        await eventually(self._serves_by_itself, within=60, every=0.1, what="the late worker's start")
+
+    async def _serves_by_itself(self) -> bool:
+        async with httpx.AsyncClient() as http:
+            with contextlib.suppress(httpx.HTTPError):
+                return (await http.get(f"http://{self.processes.system_endpoints[LATE]}/health")).status_code == 200
+        return False
+
+    async def status(self) -> health_pb2.StatusResponse:
+        return await self.client.status()
+
+    async def followed(self) -> bool:
+        """Whether the frontend hears etcd."""
+        view = (await self.status()).registry
+        return not view.problem and view.age.ToNanoseconds() < LEASE * 1e9
+
+    async def settled(self, *names: str) -> None:
+        """Waits until etcd and the frontend have exactly these workers."""
+        living = {self.processes.grpc_endpoints[name] for name in names}
+
+        async def equal() -> bool:
+            with contextlib.suppress(EtcdError, RequestError):
+                async with EtcdClient(self._endpoints, deadline=3.0) as etcd:
+                    records = await list_workers(etcd, self.processes.namespace)
+                known = (await self.status()).workers
+                routable = {worker.record.grpc_endpoint for worker in known if worker.routable}
+                registered = {worker.record.grpc_endpoint for worker in known if worker.registered}
+                return {record.grpc_endpoint for record in records} == routable == registered == living
+            return False
+
+        await eventually(equal, within=SETTLED_WITHIN, every=0.1, what=f"exactly {', '.join(names)}")
+        await eventually(self.followed, within=SETTLED_WITHIN, every=0.1, what="a view that is up to date")
+        assert "worker gone" not in self.processes.log("frontend"), "what etcd forgets is unregistered, not gone"
+
+    def followed_endpoint(self) -> str:
+        """Where the frontend's watch is: with the first member until that has failed."""
+        moves = re.findall(r"registry_regained +endpoint=(\S+)", self.processes.log("frontend"))
+        return moves[-1] if moves else self._endpoints[0]
+
+    def changes(self, name: str = "frontend") -> list[str]:
+        """The log lines of one process about etcd, in order."""
+        return re.findall(
+            r"registry_lost|registry_regained|lease_renewal_failing|lease_renewal_regained", self.processes.log(name)
+        )
+
+
+@contextlib.asynccontextmanager
+async def around(endpoints: str, folder: Path) -> AsyncGenerator[Cluster]:
+    processes = Processes(endpoints, folder, {"XDG_CACHE_HOME": str(folder / "cache")})
+    cluster = Cluster(processes, endpoints)
+    try:
+        async with cluster.running():
+            yield cluster
+    finally:
+        await asyncio.to_thread(processes.stop)
+
+
+@pytest_asyncio.fixture
+async def etcd(tmp_path: Path) -> AsyncIterator[LocalEtcd]:
+    async with LocalEtcd(tmp_path / "etcd", port=free_port()) as etcd:
+        yield etcd
+
+
+@pytest_asyncio.fixture
+async def cluster(etcd: LocalEtcd, tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with around(etcd.endpoint, tmp_path) as cluster:
+        yield cluster
+
+
+async def etcdctl(etcd: LocalEtcd, *arguments: str) -> str:
+    command = [str(find_binary("etcdctl")), f"--endpoints={etcd.endpoint}", *arguments]
+    environment = os.environ | {"ETCDCTL_API": "3"}
+    done = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, text=True, env=environment)
+    return done.stdout
+
+
+async def test_frozen_for_three_lease_times(cluster: Cluster, etcd: LocalEtcd) -> None:
+    async with steady(cluster.client, PER_SECOND):
+        freeze(etcd.pid)
+        thawing = asyncio.get_running_loop().time() + 3 * LEASE
+        await cluster.kill_one_and_start_one()
+        await asyncio.sleep(max(0.0, thawing - asyncio.get_running_loop().time()))
+        assert (await cluster.status()).registry.age.ToNanoseconds() > 2 * LEASE * 1e9, "the view's age is shown"
+        thaw(etcd.pid)
+        await cluster.settled(*STAYING, LATE)
+    # The frontend may not have missed it, or once.
+    assert cluster.changes() in ([], ["registry_lost", "registry_regained"])
+
+
+@pytest.mark.parametrize("with_data", [True, False], ids=["with-data", "without-data"])
+async def test_killed_and_restarted(cluster: Cluster, etcd: LocalEtcd, tmp_path: Path, with_data: bool) -> None:
+    async with steady(cluster.client, PER_SECOND):
+        await etcd.kill()
+
+        async def said() -> bool:
+            return etcd.endpoint in (await cluster.status()).registry.problem
+
+        await eventually(said, within=30, what="the frontend says that etcd is unreachable")
+        await cluster.kill_one_and_start_one()
+        port = int(etcd.endpoint.rpartition(":")[2])
+        async with LocalEtcd(tmp_path / ("etcd" if with_data else "fresh"), port=port):
+            await cluster.settled(*STAYING, LATE)
+            assert cluster.changes() == ["registry_lost", "registry_regained"], "a line a change, not one a retry"
+            for name in STAYING:
+                assert cluster.changes(name) == ["lease_renewal_failing", "lease_renewal_regained"]
+
+
+async def test_every_lease_revoked(cluster: Cluster, etcd: LocalEtcd) -> None:
+    """The frontend hears of it before any worker does, and goes on with all of them."""
+    async with steady(cluster.client, PER_SECOND):
+        for lease in (await etcdctl(etcd, "lease", "list")).split()[3:]:
+            await etcdctl(etcd, "lease", "revoke", lease)
+        await eventually(
+            lambda: cluster.processes.log("frontend").count("worker unregistered") == len(STAYING) + 1,
+            what="the frontend has seen every record go",
+        )
+        await cluster.settled(*STAYING, DOOMED)
+    assert cluster.changes() == []
+
+
+async def test_compacted_while_workers_come_and_go(cluster: Cluster, etcd: LocalEtcd) -> None:
+    async def compact() -> None:
+        async with EtcdClient([etcd.endpoint]) as client:
+            await etcdctl(etcd, "compaction", str((await client.status()).revision))
+
+    async with steady(cluster.client, PER_SECOND):
+        await compact()
+        await cluster.kill_one_and_start_one()
+        await compact()
+        await etcdctl(etcd, "defrag")
+        await cluster.settled(*STAYING, LATE)
+
+
+async def test_of_three_members_the_one_that_the_frontend_follows_is_killed(tmp_path: Path) -> None:
+    async with EtcdCluster(tmp_path) as members, around(members.endpoints, tmp_path) as cluster:
+        async with steady(cluster.client, PER_SECOND):
+            for death in range(1, DEATHS + 1):
+                number = members.members.index(cluster.followed_endpoint())
+                await members.kill(number)
+                if death == 1:
+                    await cluster.kill_one_and_start_one()
+                await eventually(lambda death=death: cluster.changes().count("registry_lost") == death)
+                # Two of three are enough.
+                await cluster.settled(*STAYING, LATE)
+                members.start(number)
+                await members.ready(members.members[number])
+        assert cluster.changes() == ["registry_lost", "registry_regained"] * DEATHS
