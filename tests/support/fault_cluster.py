@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +38,7 @@ class FaultCluster:
         decodes: int = 2,
         prefill: str = "",
         decode: str = "",
-        **environment: str,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """`prefill` and `decode` are further options of the engines."""
         self.etcd = LocalEtcd(folder / "etcd", port=free_port())
@@ -49,7 +49,7 @@ class FaultCluster:
         self.frozen: set[str] = set()
         self._folder = folder
         self._engines = {"prefill": f"{_PREFILL},{prefill}", "decode": f"{_DECODE},{decode}"}
-        self._environment = {"XDG_CACHE_HOME": str(folder / "cache"), **environment}
+        self._environment = {"XDG_CACHE_HOME": str(folder / "cache"), **(environment or {})}
         self._frontends: dict[str, list[str]] = {"frontend": []}
         self._stack = contextlib.AsyncExitStack()
         self.processes: Processes

@@ -104,6 +104,7 @@ class PeerTable:
         self._peers: dict[Address, Peer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._links: set[DataLink] = set()
+        self._stale: dict[Address, list[DataLink]] = {}
         self._heartbeat: asyncio.Task[None] | None = None
 
     @property
@@ -125,6 +126,7 @@ class PeerTable:
         """The next `get` asks anew. Its connections stay: its writes may still come."""
         if self._peers.get(peer.address) is peer:
             del self._peers[peer.address]
+            self._stale.setdefault(peer.address, []).extend(link for link in peer.links.values() if link.is_open)
 
     def close(self) -> None:
         """Ends every connection and task."""
@@ -152,6 +154,7 @@ class PeerTable:
                 continue
             if table.page_size == options.page_size:
                 peer.table = table
+                self._close_stale(peer)
                 self._wake()
             else:
                 self._give_up(peer, f"page size mismatch: prefill={table.page_size}, decode={options.page_size}")
@@ -177,6 +180,11 @@ class PeerTable:
     def _link_broken(self, peer: Peer) -> None:
         if self._options.reconnect:
             self._forget(peer)
+
+    def _close_stale(self, peer: Peer) -> None:
+        """Nothing can be written over a connection that is closed."""
+        for link in self._stale.pop(peer.address, ()) if self._options.reconnect else ():
+            link.close()
 
     async def _beat(self) -> None:
         options = self._options
