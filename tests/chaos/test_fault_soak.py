@@ -208,9 +208,8 @@ async def settled(cluster: FaultCluster, before: dict[str, Footprint], names: li
     until = time.monotonic() + SETTLES_WITHIN
     while True:
         found = await footprints(cluster.processes)
-        flat = all(
-            found[name].tasks <= before[name].tasks and found[name].files <= before[name].files for name in names
-        )
+        pairs = [(before[name], found[name]) for name in names]
+        flat = all(now.tasks <= then.tasks and now.files <= then.files for then, now in pairs)
         if flat or time.monotonic() > until:
             return found
 
