@@ -218,6 +218,7 @@ class Repair:
         return self._done_at
 
 
+@pytest.mark.peers(1, 5, 6)
 @pytest.mark.parametrize(
     ("phase", "fault"), _MEANT, ids=[f"{phase}-{fault}".replace(" ", "-") for phase, fault in _MEANT]
 )

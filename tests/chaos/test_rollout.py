@@ -13,6 +13,7 @@ import pytest_asyncio
 from kvbaton.client import Client
 from kvbaton.errors import Reason, RequestError
 from tests.support.processes import Processes, all_proven, all_routable
+from tests.support.resources import gauges
 from tests.support.subject import Bystanders
 from tests.support.traffic import ask
 from tests.support.waiting import eventually
@@ -70,6 +71,7 @@ async def roll(cluster: Processes, client: Client, name: str) -> None:
     await all_routable(client, 4)
 
 
+@pytest.mark.peers(8)
 @pytest.mark.parametrize("name", ["prefill0", "decode0"])
 async def test_a_worker_drains_without_a_failed_request(cluster: Processes, client: Client, name: str) -> None:
     async with load(client):
@@ -82,7 +84,7 @@ async def test_a_frontend_drains_without_a_failed_request(cluster: Processes, cl
     """What it has accepted it answers; what comes later finds the other frontend, or a refusal."""
 
     async def all_live() -> bool:
-        return (await client.status()).live_requests == CLIENTS
+        return (await gauges(cluster.metrics_endpoints["frontend"]))["kvbaton_live_requests"] == CLIENTS
 
     async with Client(cluster.target_of("other"), timeout=60) as other:
         await all_routable(other, 4)
@@ -97,6 +99,7 @@ async def test_a_frontend_drains_without_a_failed_request(cluster: Processes, cl
     cluster.restart("frontend")
 
 
+@pytest.mark.peers(2, 8)
 async def test_all_workers_are_replaced_without_a_failed_request(cluster: Processes, client: Client) -> None:
     async with load(client):
         for name in ("prefill0", "decode0", "prefill1", "decode1"):
@@ -138,9 +141,10 @@ async def come_again(client: Client) -> None:
             await asyncio.sleep(error.retry_after)
 
 
+@pytest.mark.peers(2)
 @pytest.mark.parametrize("name", ["prefill0", "decode0"])
 async def test_after_a_replacement_at_the_same_address_the_next_request_works(processes: Processes, name: str) -> None:
-    """With the one pair that there is. Decode takes a new prefill for the old one until its heartbeat fails, as SGLang."""
+    """The only pair. As SGLang's, decode takes a new prefill for the old one until its heartbeat fails."""
     processes.frontend("--ready-queue-timeout", "120", "--queue-timeout", "120")
     processes.worker("prefill0", "prefill")
     processes.worker("decode0", "decode", sim="heartbeat_interval=0.5,heartbeat_timeout=0.5")

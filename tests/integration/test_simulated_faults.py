@@ -279,6 +279,7 @@ async def test_a_finish_that_hides_an_abort() -> None:
         assert 0 < len(outcome.tokens) < 40
 
 
+@pytest.mark.peers(6)
 async def test_aborts_in_every_phase_free_everything() -> None:
     options = replace(SLOW, decode_step=0.002, transfer_byte=1e-4, prefill_base=0.01, max_running_requests=4)
     async with started_pair(options) as pair:
