@@ -32,8 +32,8 @@ The times are those of one recorded run on two shared cores, in seconds; they di
 
 - **noticed**: from the fault until the frontend acts on it, or the client has its error; of a deadline, how late.
 - **ended**: from the fault until the client has its whole answer, or its error.
-- **slot free**: until the surviving legs' workers have neither the request nor pages of it. Where it counts from the thaw
-  or repair, the other side could still write into the pages until then, or could not be told.
+- **slot free**: until the surviving legs' workers have neither the request nor pages of it. Where it counts from the
+  thaw or repair, the other side could still write into the pages until then, or could not be told.
 
 With SGLang two of them take longer than here: its decode worker holds the pages of a killed prefill's transfer for up
 to 30 s, and takes a silent prefill for dead after 10 s. The simulated one learns both within a second, so that what is
