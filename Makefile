@@ -2,7 +2,7 @@ VENV ?= .venv
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: aiperf docs guidellm help setup model demo test test-unit test-integration test-chaos test-e2e lint format protos
+.PHONY: aiperf docs faults guidellm help setup model demo test test-unit test-integration test-chaos test-e2e lint format protos
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,3 +68,8 @@ protos: setup ## generate kvbaton/v1 from protos/
 docs: setup ## generate docs/configuration.md and docs/openai.md from the code
 	@PYTHONPATH=. $(VENV)/bin/python scripts/gen_config_docs.py
 	@PYTHONPATH=. $(VENV)/bin/python scripts/gen_openai_docs.py
+
+faults: setup ## measure every fault in every phase, and write docs/faults.md (times and list of tests)
+	@rm -f build/faults.json
+	@$(VENV)/bin/python -m pytest tests/chaos/test_matrix.py $(PYTEST_ARGS)
+	@PYTHONPATH=. $(VENV)/bin/python scripts/gen_faults_docs.py

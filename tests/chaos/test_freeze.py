@@ -98,6 +98,7 @@ async def freeze_in_transfers(processes: Processes, client: Client) -> list[asyn
     return running
 
 
+@pytest.mark.peers(3)
 @pytest.mark.parametrize("decode", ["", GIVES_UP], ids=["decode-waits", "decode-gives-up"])
 async def test_no_answer_changes(processes: Processes, decode: str) -> None:
     start(processes, decode)
@@ -130,6 +131,7 @@ async def test_no_answer_changes(processes: Processes, decode: str) -> None:
         await all_routable(client, 3)
 
 
+@pytest.mark.peers(3)
 async def test_the_oracle_notices_pages_that_are_used_again_under_a_write(processes: Processes) -> None:
     """What the tests above would say if decode gave pages away whose writer is only frozen."""
     start(processes, f"{GIVES_UP},deferred_release=false")

@@ -49,6 +49,7 @@ async def holding(processes: Processes, name: str) -> int:
         return sum(rank["holding"] for rank in (await simulator.state())["ranks"])
 
 
+@pytest.mark.peers(1)
 @pytest.mark.parametrize("killed", ["prefill0", "decode0"])
 async def test_with_two_pairs_no_client_sees_an_error(processes: Processes, killed: str) -> None:
     start(processes, pairs=2)
@@ -75,6 +76,7 @@ async def test_with_two_pairs_no_client_sees_an_error(processes: Processes, kill
             await eventually(nothing_held, within=SLACK * SLOT_FREE_WITHIN)
 
 
+@pytest.mark.peers(1)
 @pytest.mark.parametrize(("killed", "survivor"), [("prefill0", "decode0"), ("decode0", "prefill0")])
 async def test_with_one_pair_the_error_is_typed_and_quick_and_the_slot_is_free(
     processes: Processes, killed: str, survivor: str

@@ -20,7 +20,7 @@ from kvbaton.errors import RequestError
 from kvbaton.v1.generate_pb2 import GenerateResponse
 from services.frontend.request.states import State
 from tests.support.processes import Processes, all_routable
-from tests.support.resources import gauges, open_files, resident_bytes
+from tests.support.resources import ONE_TRIMMED_ARENA, footprints, gauges
 from tests.support.simulator import Simulator
 from tests.support.traffic import WRONG_ANSWER, fresh_prompt, greedy, oracle
 from tests.support.waiting import eventually
@@ -40,17 +40,12 @@ CANCELS_IN_EACH_PHASE = 10
 PREFILL = "max_total_tokens=16384,prefill_base=0.01,transfer_base=0.01,max_running_requests=32"
 DECODE = "max_total_tokens=16384,decode_step=0.002,max_running_requests=32"
 LONGEST_WAIT = 0.25
-LOOKS = 10
 
 
 @pytest.fixture
 def environment() -> Mapping[str, str]:
-    """glibc gives a thread an arena of its own, and keeps freed memory at an arena's end: both differ from run to run.
-
-    One arena that is trimmed at once makes resident memory follow what is in use. It hides no leak: what the program
-    still holds can't be trimmed.
-    """
-    return {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    """Memory can be compared."""
+    return ONE_TRIMMED_ARENA
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +68,6 @@ class Cancel:
                 return cls(after_tokens=random.randint(1, 3), by_abort=by_abort)
             case _:
                 return cls(after_seconds=LONGEST_WAIT * random.random(), by_abort=by_abort)
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """What a process holds at rest."""
-
-    resident: int
-    files: int
-    tasks: int
 
 
 class Load:
@@ -176,25 +162,6 @@ async def at_rest(processes: Processes) -> None:
     await asyncio.sleep(3)
 
 
-async def footprints(processes: Processes) -> dict[str, Footprint]:
-    """Of every process; the smallest of some looks, since heartbeats and the looks themselves open connections."""
-    found: dict[str, Footprint] = {}
-    for name, endpoint in processes.metrics_endpoints.items():
-        looks = [await _look(processes.pid(name), endpoint) for _ in range(LOOKS)]
-        found[name] = Footprint(
-            resident=min(look.resident for look in looks),
-            files=min(look.files for look in looks),
-            tasks=min(look.tasks for look in looks),
-        )
-    return found
-
-
-async def _look(pid: int, endpoint: str) -> Footprint:
-    tasks = int((await gauges(endpoint))["kvbaton_event_loop_tasks"])
-    await asyncio.sleep(0.1)  # the connection of the line above is closed
-    return Footprint(resident_bytes(pid), open_files(pid), tasks)
-
-
 # A cancel that found its request in front of the frontend, or still being checked there.
 QUEUED = "queued"
 
@@ -209,6 +176,7 @@ def phases_of_cancels(log: str) -> Counter[str]:
     return phases
 
 
+@pytest.mark.peers(6, 13)
 async def test_ten_thousand_requests_leave_nothing_behind(processes: Processes) -> None:
     processes.frontend("--link", "session", "--heartbeat", "0.5", "--log-format", "json")
     processes.worker("prefill", "prefill", sim=PREFILL)

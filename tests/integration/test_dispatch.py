@@ -38,6 +38,7 @@ async def processes(etcd_endpoint: str, tmp_path: Path) -> AsyncIterator[Process
         await asyncio.to_thread(processes.stop)
 
 
+@pytest.mark.peers(4)
 async def test_a_burst_of_32_through_four_frontends_on_a_window_of_four(processes: Processes) -> None:
     for name in FRONTENDS:
         processes.frontend("--link", "session", name=name)
@@ -176,6 +177,7 @@ async def test_a_request_that_waits_too_long_says_so(etcd_endpoint: str, model_f
         await asyncio.gather(running, return_exceptions=True)
 
 
+@pytest.mark.peers(6)
 async def test_cancelling_a_request_that_waits_costs_no_engine_anything(cluster: FakeCluster) -> None:
     prefill = await cluster.start_worker(Role.PREFILL)
     decode = await cluster.start_worker(Role.DECODE, Behaviour(hang=True), window=1)

@@ -286,6 +286,7 @@ async def test_a_live_request_id_is_refused(cluster: FakeCluster) -> None:
     assert (await running).token_ids == expected_tokens(PROMPT, 40), "the first one is untouched"
 
 
+@pytest.mark.peers(9)
 @pytest.mark.parametrize("failing", [Role.PREFILL, Role.DECODE])
 async def test_one_legs_failure_is_typed_and_ends_the_other(cluster: FakeCluster, failing: Role) -> None:
     prefill, decode = await cluster.start_pair()
@@ -327,6 +328,7 @@ def _record_order(engine: object, role: Role, order: list[str]) -> None:
     engine.abort = abort  # type: ignore[attr-defined]
 
 
+@pytest.mark.peers(9)
 @pytest.mark.parametrize("tokens", [1, 200])
 async def test_a_first_token_that_differs_is_data_loss(cluster: FakeCluster, tokens: int) -> None:
     prefill, _ = await cluster.start_pair()

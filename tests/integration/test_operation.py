@@ -29,6 +29,7 @@ async def processes(etcd_endpoint: str, tmp_path: Path) -> AsyncIterator[Process
         await asyncio.to_thread(processes.stop)
 
 
+@pytest.mark.peers(7)
 async def test_a_worker_whose_warm_up_fails_never_appears_in_etcd(processes: Processes, etcd_endpoint: str) -> None:
     seen: set[str] = set()
 

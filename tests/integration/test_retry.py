@@ -114,6 +114,7 @@ async def test_no_more_attempts_than_promised(cluster: FakeCluster) -> None:
     assert len(tried) == 3, "the first attempt and two more, each with another worker"
 
 
+@pytest.mark.peers(8)
 async def test_the_requests_own_fault_is_not_tried_again(cluster: FakeCluster) -> None:
     prefill, _ = await cluster.start_pair()
     with pytest.raises(RequestError) as caught:

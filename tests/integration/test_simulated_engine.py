@@ -160,6 +160,7 @@ async def test_page_sizes_must_agree() -> None:
         assert "page size mismatch: prefill=16, decode=32" in outcome.finish.message
 
 
+@pytest.mark.peers(12)
 async def test_the_room_chooses_prefills_rank() -> None:
     async with started_pair(replace(SHORT_TIMEOUTS, dp_size=2)) as pair:
         for room in (4, 5):

@@ -279,6 +279,7 @@ async def test_a_finish_that_hides_an_abort() -> None:
         assert 0 < len(outcome.tokens) < 40
 
 
+@pytest.mark.peers(6)
 async def test_aborts_in_every_phase_free_everything() -> None:
     options = replace(SLOW, decode_step=0.002, transfer_byte=1e-4, prefill_base=0.01, max_running_requests=4)
     async with started_pair(options) as pair:
@@ -330,3 +331,52 @@ async def test_unknown_commands_are_refused(what: str, arguments: dict[str, obje
 async def _decode(pair: Pair) -> Outcome:
     _, decode = pair.legs(PROMPT, greedy(8))
     return await decode.result()
+
+
+@pytest.mark.parametrize("phase", ["bootstrapping", "prefilling", "transferring", "decoding"])
+async def test_a_held_request_stands_still_in_its_phase_and_others_pass(phase: str) -> None:
+    async with started_pair(replace(FAST, prefix_cache=False)) as pair:
+        holding = pair.decode if phase == "decoding" else pair.prefill
+        for engine in (pair.prefill, pair.decode):
+            do(engine, "hold", phase=phase, token=PROMPT[0], count=int(engine is holding), after_tokens=3)
+        prefill, decode = pair.legs(PROMPT, greedy(9))
+        await eventually(lambda: rank(holding)["held"] == 1)
+        assert (await pair.generate(OTHER, greedy(9))).tokens == expected_tokens(OTHER, greedy(9))
+        again = await pair.generate(PROMPT, greedy(9))
+        assert again.tokens == expected_tokens(PROMPT, greedy(9)), "only one was to be held"
+        assert not decode.task.done()
+        assert len(decode.tokens) == (3 if phase == "decoding" else 0)
+        assert prefill.task.done() == (phase == "decoding")
+        assert rank(pair.decode)["marked"] == 1
+
+        do(holding, "release")
+        assert (await decode.result()).tokens == expected_tokens(PROMPT, greedy(9))
+        await eventually(lambda: not rank(pair.prefill)["marked"] and not rank(pair.decode)["marked"])
+
+
+@pytest.mark.parametrize("phase", ["bootstrapping", "prefilling", "transferring", "decoding"])
+async def test_a_held_request_can_be_aborted(phase: str) -> None:
+    async with started_pair(replace(FAST, prefix_cache=False)) as pair:
+        holding = pair.decode if phase == "decoding" else pair.prefill
+        do(holding, "hold", phase=phase, token=PROMPT[0])
+        legs = pair.legs(PROMPT, greedy(9))
+        await eventually(lambda: rank(holding)["held"] == 1)
+        for leg in legs:
+            await leg.abort()
+        for engine in (pair.prefill, pair.decode):
+            await eventually(lambda engine=engine: not rank(engine)["live"] and not rank(engine)["holding"])
+
+
+async def test_a_hold_without_a_phase_is_refused() -> None:
+    async with started(Role.PREFILL, FAST) as engine:
+        with pytest.raises(ValueError, match="phase: 'nowhere' is not one of bootstrapping"):
+            do(engine, "hold", phase="nowhere")
+
+
+async def test_a_broken_connection_is_opened_anew_where_the_options_say_so() -> None:
+    async with started_pair(replace(FAST, reconnect=True)) as pair:
+        assert (await pair.generate(PROMPT, greedy(9))).tokens == expected_tokens(PROMPT, greedy(9))
+        for link in list(pair.prefill.scheduler.ranks[0].links):  # type: ignore[attr-defined]
+            link.close()
+        await eventually(lambda: not list(pair.decode._peers.known), what="the peer forgotten")  # type: ignore[union-attr]
+        assert (await pair.generate(OTHER, greedy(9))).tokens == expected_tokens(OTHER, greedy(9))

@@ -41,6 +41,7 @@ async def recorded_state(cluster: FakeCluster) -> int:
     return record.state
 
 
+@pytest.mark.peers(7)
 async def test_a_failing_canary_takes_the_worker_out_and_a_passing_one_back_in(cluster: FakeCluster) -> None:
     worker = await cluster.start_worker(Role.AGGREGATED, **QUICK)
     await cluster.routable(1)
@@ -103,6 +104,7 @@ async def test_a_payload_that_the_model_cannot_take_ends_the_start(cluster: Fake
     assert await worker.task == 1
 
 
+@pytest.mark.peers(7)
 async def test_a_silent_engine_with_a_live_request_makes_the_worker_unhealthy(cluster: FakeCluster) -> None:
     worker = await cluster.start_worker(Role.AGGREGATED, Behaviour(hang=True), **QUICK)
     await cluster.routable(1)

@@ -25,13 +25,15 @@ class Processes:
 
     def __init__(self, etcd_endpoint: str, logs: Path, environment: Mapping[str, str] | None = None) -> None:
         self.grpc_ports: dict[str, int] = {}
-        self.http_port = free_port()
+        self.bootstrap_ports: dict[str, int] = {}
+        self.http_ports: dict[str, int] = {}
         self.system_endpoints: dict[str, str] = {}
         self.grpc_endpoints: dict[str, str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.namespace = f"t-{uuid.uuid4().hex[:12]}"
         self._etcd = ("--etcd-endpoints", etcd_endpoint, "--namespace", self.namespace)
         self._logs = logs
+        self._commands: dict[str, list[str]] = {}
         self._environment = dict(environment or {})
 
     @property
@@ -40,21 +42,29 @@ class Processes:
         return next(iter(self.grpc_ports.values()))
 
     def frontend(self, *arguments: str, name: str = "frontend") -> None:
-        port = self.grpc_ports[name] = free_port()
-        # Only the first one's is known.
-        http_port = free_port() if len(self.grpc_ports) > 1 else self.http_port
+        port, http_port = self.grpc_ports[name], self.http_ports[name] = free_port(), free_port()
         ports = ("--port", str(port), "--http-port", str(http_port))
         self._start(name, "frontend", *ports, *arguments)
 
     @property
+    def http_port(self) -> int:
+        """Of the first frontend."""
+        return next(iter(self.http_ports.values()))
+
+    @property
     def target(self) -> str:
-        """host:port of the frontend's gRPC."""
+        """host:port of the first frontend's gRPC."""
         return f"127.0.0.1:{self.grpc_port}"
+
+    def target_of(self, name: str) -> str:
+        """host:port of a frontend's gRPC."""
+        return f"127.0.0.1:{self.grpc_ports[name]}"
 
     @property
     def metrics_endpoints(self) -> dict[str, str]:
         """host:port of every process's /metrics, by its name."""
-        return {"frontend": f"127.0.0.1:{self.http_port}", **self.system_endpoints}
+        frontends = {name: f"127.0.0.1:{port}" for name, port in self.http_ports.items()}
+        return {**frontends, **self.system_endpoints}
 
     def pid(self, name: str) -> int:
         return self.processes[name].pid
@@ -67,6 +77,16 @@ class Processes:
         self.processes[name].kill()
         self.processes[name].wait(10)
 
+    def terminate(self, name: str, within: float = 60.0) -> int:
+        """SIGTERM; the exit status, once the process is gone."""
+        self.processes[name].terminate()
+        return self.processes[name].wait(within)
+
+    def restart(self, name: str) -> None:
+        """Starts what has ended once more, with the same ports and flags; its log goes on."""
+        assert self.processes[name].poll() is not None, f"{name} still runs"
+        self._launch(name)
+
     def worker(self, name: str, *arguments: str, sim: str = "", sglang: Path | None = None) -> None:
         """A worker with a simulated engine, or with SGLang on the CPU for the model in that folder."""
         system_port = free_port()
@@ -74,16 +94,23 @@ class Processes:
         grpc_port = free_port()
         self.grpc_endpoints[name] = f"127.0.0.1:{grpc_port}"
         ports = ("--port", str(grpc_port), "--system-port", str(system_port))
-        bootstrap = ("--disaggregation-bootstrap-port", str(free_port())) if "prefill" in arguments else ()
+        bootstrap: tuple[str, ...] = ()
+        if "prefill" in arguments:
+            self.bootstrap_ports[name] = free_port()
+            bootstrap = ("--disaggregation-bootstrap-port", str(self.bootstrap_ports[name]))
         engine = ("--engine", "simulated", "--sim", sim, "--model-path", "no-model")
         if sglang is not None:
             engine = ("--device", "cpu", "--model-path", str(sglang))
         self._start(name, *arguments, *ports, *bootstrap, *engine, "--drain-grace", "0.1")
 
     def _start(self, name: str, *arguments: str) -> None:
-        with (self._logs / f"{name}.log").open("wb") as log:
+        self._commands[name] = [sys.executable, "-m", "services.cli", *arguments, *self._etcd]
+        self._launch(name)
+
+    def _launch(self, name: str) -> None:
+        with (self._logs / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", *arguments, *self._etcd],
+                self._commands[name],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"} | self._environment,
                 stdout=log,

@@ -67,6 +67,14 @@ class Simulator:
         """So many requests begin with a wrong token."""
         await self.command("wrong_first_token", count=count)
 
+    async def hold(self, phase: str, token: int, *, count: int = 1, after_tokens: int = 1) -> None:
+        """The next requests that begin with `token` stand still in that phase (`simulated.faults.Phase`)."""
+        await self.command("hold", phase=phase, token=token, count=count, after_tokens=after_tokens)
+
+    async def release(self) -> None:
+        """What is held goes on, and nothing else is held."""
+        await self.command("release")
+
     async def abort_chunk(self, count: int = 1, *, after_tokens: int = 0, status: int = 500, message: str = "") -> None:
         """So many requests end with an abort of the engine's own."""
         await self.command("abort_chunk", count=count, after_tokens=after_tokens, status=status, message=message)

@@ -78,6 +78,7 @@ class ForgetfulClient(EtcdClient):
         return listing
 
 
+@pytest.mark.peers(5)
 async def test_events_lost_to_compaction_are_recovered_by_a_new_list(harness) -> None:
     async with harness.worker(harness.record("leaves")) as leaves, harness.worker(harness.record("comes")) as comes:
         await comes.publisher.delete()
@@ -101,6 +102,7 @@ async def test_a_compaction_under_an_open_watch_loses_nothing(harness) -> None:
             await harness.until(lambda: frontend.names() == {"a", "b"})
 
 
+@pytest.mark.peers(5)
 @pytest.mark.parametrize("with_data", [True, False])
 async def test_no_worker_is_lost_when_etcd_is_killed_and_restarted(harness, ttl, with_data: bool) -> None:
     with capture_logs() as logs:
@@ -144,6 +146,7 @@ async def test_after_a_data_loss_the_absent_are_unregistered_not_withdrawn(harne
             await harness.until(lambda: frontend.names() == {"new"})
 
 
+@pytest.mark.peers(5)
 async def test_a_freeze_longer_than_the_leases_loses_no_worker_and_leaves_no_ghost(harness, ttl) -> None:
     async with harness.frontend() as frontend, harness.worker(harness.record("stays")) as stays:
         async with harness.worker(harness.record("dies")) as dies:

@@ -48,6 +48,7 @@ async def test_a_refusal_is_a_status(code: grpc.StatusCode, status: int, kind: s
     assert response.headers["x-request-id"].startswith("chatcmpl-")
 
 
+@pytest.mark.peers(9)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_failure_before_the_first_output_is_a_status(route: str, stream: bool) -> None:
@@ -67,6 +68,7 @@ async def test_a_failure_after_it_is_the_last_event_of_a_stream(route: str) -> N
     }
 
 
+@pytest.mark.peers(9)
 @pytest.mark.parametrize("route", ROUTES)
 async def test_a_failure_after_it_is_the_status_of_a_plain_answer(route: str) -> None:
     generation = ScriptedGeneration(said("Hel"), failure(Code.DEADLINE_EXCEEDED, Reason.DEADLINE_TOKEN_GAP))

@@ -20,6 +20,7 @@ def placement(dp_size: int, rank: int | None) -> Placement:
     return Placement(decode, prefill, prefill_rank=rank)
 
 
+@pytest.mark.peers(12)
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
 def test_rooms_are_in_range_never_zero_and_of_their_rank(dp_size: int) -> None:
     for rank in range(dp_size):

@@ -122,6 +122,7 @@ def test_truncation_and_padding_of_the_file_are_not_applied(make_tokenizer: Make
     assert len(loaded._encode("a", False)) < 4
 
 
+@pytest.mark.peers(10)
 async def test_the_event_loop_goes_on_while_a_long_prompt_is_encoded(smollm2: TextTokenizer) -> None:
     text = " ".join(f"disaggregated{number} serving" for number in range(50_000))
     start = time.perf_counter()

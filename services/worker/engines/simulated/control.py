@@ -8,6 +8,8 @@ late_bootstrap {seconds}              hand-shakes are handled late
 wrong_first_token {count}
 abort_chunk {count, after_tokens, status, message}
 early_length {count, after_tokens}
+hold {phase, token, count, after_tokens}  the next requests that begin with the token stand still in that phase
+release                               they go on
 script {prompt, tokens}               from now on the prompt gets this answer
 flush_cache                           every prefix is forgotten
 clear                                 nothing is wrong any more; a frozen engine thaws
@@ -24,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from services.worker.engines.simulated.faults import EndFault
+from services.worker.engines.simulated.faults import EndFault, Hold, Phase
 from services.worker.engines.simulated.prompt_rank import PromptRank
 
 if TYPE_CHECKING:
@@ -49,11 +51,13 @@ def create_app(engine: SimulatedEngine) -> Starlette:
 
 def state(engine: SimulatedEngine) -> dict[str, Any]:
     """What is wrong with it, and what every rank holds."""
+    hold = engine.faults.hold
     return {
         "role": engine.role.value,
         "incarnation": engine.incarnation.hex(),
         "cause": engine.scheduler.cause,
-        "faults": asdict(engine.faults),
+        "faults": {name: value for name, value in asdict(engine.faults).items() if name != "hold"},
+        "hold": {"phase": hold.phase, "token": hold.token, "left": hold.count, "seen": hold.seen},
         "ranks": [rank.state() for rank in engine.scheduler.ranks],
     }
 
@@ -137,6 +141,15 @@ def _end_fault(name: str, after_tokens: int) -> Callable[[SimulatedEngine, _Argu
     return arm
 
 
+def _hold(engine: SimulatedEngine, arguments: _Arguments) -> None:
+    phase = arguments.take("phase", "")
+    if phase not in list(Phase):
+        raise ValueError(f"phase: {phase!r} is not one of {', '.join(Phase)}")
+    engine.faults.hold = Hold(
+        Phase(phase), arguments.take("token", -1), arguments.take("count", 1), arguments.take("after_tokens", 1)
+    )
+
+
 def _script(engine: SimulatedEngine, arguments: _Arguments) -> None:
     engine.model.play(arguments.tokens("prompt"), arguments.tokens("tokens"))
 
@@ -164,6 +177,8 @@ _ACTIONS: dict[str, Callable[[SimulatedEngine, _Arguments], None]] = {
     "wrong_first_token": _wrong_first,
     "abort_chunk": _end_fault("abort_chunk", 0),
     "early_length": _end_fault("early_length", 1),
+    "hold": _hold,
+    "release": lambda engine, _: engine.faults.hold.release(),
     "script": _script,
     "flush_cache": _flush_cache,
     "clear": _clear,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.worker.engines.simulated import wire
+from services.worker.engines.simulated.faults import Phase
 from services.worker.engines.simulated.pages import BlockTable, Mask
 from services.worker.engines.simulated.peers import Address, DataLink, Peer
 from services.worker.engines.simulated.rank import Forward, Rank
@@ -164,9 +165,14 @@ class DecodeRank(Rank):
         self._step([request])
 
     def _next_forward(self, start: float) -> Forward | None:
-        if not self._running:
+        running = [request for request in self._running if not self._is_told_to_wait(request)]
+        if not running:
             return None
-        return Forward(start + self.options.decode_step * self.faults.slow, list(self._running))
+        return Forward(start + self.options.decode_step * self.faults.slow, running)
+
+    def _is_told_to_wait(self, request: Request) -> bool:
+        after = self.faults.hold.after_tokens
+        return request.produced >= after and self._stands_still(Phase.DECODING, request)
 
     def _complete(self, forward: Forward, now: float) -> None:
         self._step(forward.requests)

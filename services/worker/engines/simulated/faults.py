@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """Where a request can be held; the last in the decode role, the others in the prefill role."""
+
+    BOOTSTRAPPING = "bootstrapping"
+    """Decode has given it pages; prefill has not begun."""
+    PREFILLING = "prefilling"
+    """It has prefill's slot and pages, and nothing is computed."""
+    TRANSFERRING = "transferring"
+    """Half of its pages are written."""
+    DECODING = "decoding"
+    """It has some of its tokens."""
 
 
 @dataclass(slots=True)
@@ -23,6 +37,37 @@ class EndFault:
 
 
 @dataclass(slots=True)
+class Hold:
+    """The next `count` requests whose prompt begins with `token` stand still in `phase` until that is taken back."""
+
+    phase: Phase | None = None
+    token: int = -1
+    count: int = 0
+    after_tokens: int = 1
+    """Output tokens that a request has when it is held while decoding."""
+    seen: int = 0
+    """Requests that begin with `token` and came since the hold was set."""
+    held: set[str] = field(default_factory=set[str])
+    """Engine ids."""
+
+    def takes(self, phase: Phase, engine_id: str, prompt: list[int]) -> bool:
+        """Whether this request stands still in this phase; one that is asked about for the first time counts."""
+        if phase is not self.phase:
+            return False
+        if engine_id not in self.held:
+            if not self.count or prompt[0] != self.token:
+                return False
+            self.count -= 1
+            self.held.add(engine_id)
+        return True
+
+    def release(self) -> None:
+        """All go on, and nobody else is held. `token` stays, for whoever counts its requests."""
+        self.phase = None
+        self.held.clear()
+
+
+@dataclass(slots=True)
 class Faults:
     """Everything at once is possible. Times in seconds."""
 
@@ -40,6 +85,8 @@ class Faults:
     """So many requests get a first token that is wrong."""
     finish_after_abort: bool = False
     """An aborted request ends with "length", as if nothing had happened."""
+    hold: Hold = field(default_factory=Hold)
+    """One request at a time stands still, where it is told to, and the others don't."""
     abort_chunk: EndFault = field(default_factory=EndFault)
     """Ends with an abort of the engine's own."""
     early_length: EndFault = field(default_factory=EndFault)

@@ -73,6 +73,11 @@ class SimulatedOptions:
     release_timeout: float = 30.0
     release_on_disconnect: bool = False
     """Also let go when the writer's connection is gone. SGLang doesn't, even after a heartbeat has failed."""
+    reconnect: bool = False
+    """Decode forgets a prefill as soon as a connection to it breaks, and connects anew for the next request.
+
+    Else it sends to the broken connection until the heartbeat fails, as SGLang does to a prefill that was replaced.
+    """
     abort_timeout: float = 2.0
     """An abort ends the stream after this long even if the scheduler is frozen."""
     data_port: int = 0

@@ -43,10 +43,11 @@ class TransferEvents(Protocol):
 class DataLink(wire.FrameProtocol):
     """From one decode rank to one prefill rank. What comes lands in the page array whatever the scheduler does."""
 
-    def __init__(self, incarnation: bytes, rank: TransferEvents) -> None:
+    def __init__(self, incarnation: bytes, rank: TransferEvents, broken: Callable[[], None]) -> None:
         super().__init__()
         self._incarnation = incarnation
         self._rank = rank
+        self._broken = broken
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
@@ -68,6 +69,7 @@ class DataLink(wire.FrameProtocol):
     def closed(self) -> None:
         """See `wire`."""
         self._rank.link_closed(self)
+        self._broken()
 
 
 class Peer:
@@ -102,6 +104,7 @@ class PeerTable:
         self._peers: dict[Address, Peer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._links: set[DataLink] = set()
+        self._stale: dict[Address, list[DataLink]] = {}
         self._heartbeat: asyncio.Task[None] | None = None
 
     @property
@@ -123,6 +126,7 @@ class PeerTable:
         """The next `get` asks anew. Its connections stay: its writes may still come."""
         if self._peers.get(peer.address) is peer:
             del self._peers[peer.address]
+            self._stale.setdefault(peer.address, []).extend(link for link in peer.links.values() if link.is_open)
 
     def close(self) -> None:
         """Ends every connection and task."""
@@ -141,7 +145,7 @@ class PeerTable:
             try:
                 table = await fetch_table(peer.address, timeout=options.heartbeat_timeout)
                 peer.links = {
-                    (mine, theirs): await self._open(rank, address)
+                    (mine, theirs): await self._open(rank, address, peer)
                     for mine, rank in enumerate(self._ranks)
                     for theirs, address in enumerate(table.ranks)
                 }
@@ -150,6 +154,7 @@ class PeerTable:
                 continue
             if table.page_size == options.page_size:
                 peer.table = table
+                self._close_stale(peer)
                 self._wake()
             else:
                 self._give_up(peer, f"page size mismatch: prefill={table.page_size}, decode={options.page_size}")
@@ -163,14 +168,23 @@ class PeerTable:
         self._forget(peer)
         self._wake()
 
-    async def _open(self, rank: TransferEvents, address: Address) -> DataLink:
+    async def _open(self, rank: TransferEvents, address: Address, peer: Peer) -> DataLink:
         host, port = address
         async with asyncio.timeout(self._options.heartbeat_timeout):
             _, link = await asyncio.get_running_loop().create_connection(
-                lambda: DataLink(self._incarnation, rank), host.strip("[]"), port
+                lambda: DataLink(self._incarnation, rank, lambda: self._link_broken(peer)), host.strip("[]"), port
             )
         self._links = {each for each in self._links if each.is_open} | {link}
         return link
+
+    def _link_broken(self, peer: Peer) -> None:
+        if self._options.reconnect:
+            self._forget(peer)
+
+    def _close_stale(self, peer: Peer) -> None:
+        """Nothing can be written over a connection that is closed."""
+        for link in self._stale.pop(peer.address, ()) if self._options.reconnect else ():
+            link.close()
 
     async def _beat(self) -> None:
         options = self._options

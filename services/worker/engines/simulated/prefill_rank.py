@@ -8,6 +8,7 @@ from typing import Any
 from services.worker.engines.kv_events import KvEvent
 from services.worker.engines.protocol import Finish
 from services.worker.engines.simulated import wire
+from services.worker.engines.simulated.faults import Phase
 from services.worker.engines.simulated.pages import Mask
 from services.worker.engines.simulated.prompt_rank import PromptRank
 from services.worker.engines.simulated.rank import Forward
@@ -22,10 +23,13 @@ class PrefillRank(PromptRank):
         super().__init__(*arguments, tell=tell)
         self.links: set[PrefillLink] = set()
         self._incarnation = incarnation
-        self._sender = Sender(self.options, self.faults, self.array.page_bytes, self._transferred)
+        self._sender = Sender(
+            self.options, self.faults, self.array.page_bytes, stalls=self._stalls, complete=self._transferred
+        )
         self._rooms: dict[int, Request] = {}
         self._bootstrapping: dict[int, Request] = {}
         self._registrations: dict[int, tuple[PrefillLink, list[int]]] = {}
+        self._told_to_wait: list[Request] = []
 
     def link_opened(self, link: PrefillLink) -> None:
         """See `RegistrationEvents`."""
@@ -63,17 +67,24 @@ class PrefillRank(PromptRank):
             self._fail_bootstrap(request, "Duplicate or cancelled bootstrap room")
         else:
             self._rooms[room] = request
-            (self._waiting.append(request) if room in self._registrations else self._await_registration(request))
+            self._bootstrapping[room] = request
+            if room in self._registrations:
+                self._bootstrapped(request)
 
-    def _await_registration(self, request: Request) -> None:
-        self._bootstrapping[request.room_id] = request
+    def _bootstrapped(self, request: Request) -> None:
+        """Decode has pages for it."""
+        if self._stands_still(Phase.BOOTSTRAPPING, request):
+            self._told_to_wait.append(request)
+        else:
+            del self._bootstrapping[request.room_id]
+            self._waiting.append(request)
 
     def _register(self, link: PrefillLink, room: int, pages: list[int]) -> None:
         if not link.is_open:
             return
         self._registrations[room] = (link, pages)
-        if (request := self._bootstrapping.pop(room, None)) is not None:
-            self._waiting.append(request)
+        if (request := self._bootstrapping.get(room)) is not None:
+            self._bootstrapped(request)
 
     def _abandon(self, link: PrefillLink, room: int, generation: int) -> None:
         if (request := self._rooms.get(room)) is not None and room in self._registrations:
@@ -88,6 +99,10 @@ class PrefillRank(PromptRank):
                 self._fail_transfer(request, "nixlRemoteDisconnectError: NIXL_ERR_REMOTE_DISCONNECT")
 
     def _admit(self, now: float) -> None:
+        waiting, self._told_to_wait = self._told_to_wait, []
+        for request in waiting:
+            if self._bootstrapping.get(request.room_id) is request:
+                self._bootstrapped(request)
         while self._bootstrapping:
             request = next(iter(self._bootstrapping.values()))
             waited = now - request.arrived
@@ -128,6 +143,10 @@ class PrefillRank(PromptRank):
             masked = request.mask.apply(content, first * self.array.page_bytes)
             self._sender.start(Transfer(link, room, theirs[first:end], masked, last, now))
             request.sent_pages = end
+
+    def _stalls(self, transfer: Transfer) -> bool:
+        request = self._rooms.get(transfer.room)
+        return self.faults.stalled or (request is not None and self._stands_still(Phase.TRANSFERRING, request))
 
     def _transferred(self, transfer: Transfer) -> None:
         request = self._rooms.get(transfer.room)

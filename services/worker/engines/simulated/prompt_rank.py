@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from services.worker.engines.kv_events import KvEvent
+from services.worker.engines.simulated.faults import Phase
 from services.worker.engines.simulated.oracle import to_bytes
 from services.worker.engines.simulated.pages import BlockTable
 from services.worker.engines.simulated.prefix_cache import PrefixCache
@@ -37,7 +38,7 @@ class PromptRank(Rank):
         """A forward pass over the prompts in turn, as many as fit."""
         budget, requests, chunks = self.options.chunk_tokens, list[Request](), list[int]()
         while budget:
-            request = next((each for each in self._computing if each not in requests), None) or self._start_next()
+            request = self._next_to_compute(requests)
             if request is None:
                 break
             chunk = min(budget, len(request.prompt) - request.computed)
@@ -48,6 +49,15 @@ class PromptRank(Rank):
             return None
         seconds = self.options.prefill_base + self.options.prefill_token * sum(chunks)
         return Forward(start + seconds * self.faults.slow, requests, chunks)
+
+    def _next_to_compute(self, chosen: list[Request]) -> Request | None:
+        """The first that is neither chosen nor held, of those with pages and then of the queue."""
+        for request in self._computing:
+            if request not in chosen and not self._stands_still(Phase.PREFILLING, request):
+                return request
+        while (request := self._start_next()) is not None and self._stands_still(Phase.PREFILLING, request):
+            pass
+        return request
 
     def _start_next(self) -> Request | None:
         """The first request of the queue, with slot and pages, if there are any for it."""

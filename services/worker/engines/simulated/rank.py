@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.worker.engines.protocol import EngineLoad, Finish
-from services.worker.engines.simulated.faults import Faults
+from services.worker.engines.simulated.faults import Faults, Phase
 from services.worker.engines.simulated.options import SimulatedOptions
 from services.worker.engines.simulated.pages import PageAllocator, PageArray
 from services.worker.engines.simulated.request import Request
@@ -59,8 +59,7 @@ class Rank:
         self.allocator = PageAllocator(options.pages)
         self.counters = Counters()
         self.live: dict[str, Request] = {}
-        self.holding = 0
-        """Requests with a slot and pages, those included whose pages wait for a writer."""
+        self._holders: dict[Request, None] = {}
         self._forget = forget
         self._post = post
         self._held_pages = 0
@@ -72,6 +71,7 @@ class Rank:
         """Takes a request in."""
         self.live[request.engine_id] = request
         self.counters.requests += 1
+        self.faults.hold.seen += request.prompt[0] == self.faults.hold.token
         self._enqueue(request)
 
     def abort(self, request: Request) -> None:
@@ -131,6 +131,8 @@ class Rank:
             "live": len(self.live),
             "running": self.running,
             "holding": self.holding,
+            "marked": len(self._marked()),
+            "held": sum(request.engine_id in self.faults.hold.held for request in self.live.values()),
             "free_pages": self.allocator.free,
             "evictable_pages": self.evictable,
             "held_back": self.held_back,
@@ -139,6 +141,11 @@ class Rank:
             "steps": self.counters.steps,
             "most_holding": self.counters.most_running,
         }
+
+    @property
+    def holding(self) -> int:
+        """Requests with a slot and pages, those included whose pages wait for a writer."""
+        return len(self._holders)
 
     @property
     def running(self) -> int:
@@ -157,7 +164,7 @@ class Rank:
 
     def _hold(self, request: Request, pages: list[int]) -> None:
         request.pages = pages
-        self.holding += 1
+        self._holders[request] = None
         self._held_pages += len(pages)
         self.counters.most_running = max(self.counters.most_running, self.holding)
 
@@ -170,8 +177,16 @@ class Rank:
             self.allocator.release(request.pages)
             self._held_pages -= len(request.pages)
             request.pages = []
-            self.holding -= 1
+            del self._holders[request]
             self._freed = True
+
+    def _stands_still(self, phase: Phase, request: Request) -> bool:
+        return self.faults.hold.takes(phase, request.engine_id, request.prompt)
+
+    def _marked(self) -> set[Request]:
+        """What is live or holds pages, of the requests that a hold is for."""
+        token = self.faults.hold.token
+        return {request for request in (*self.live.values(), *self._holders) if request.prompt[0] == token}
 
     def _emit(self, request: Request, context: Hash) -> None:
         """One more output token, the one behind `context`, with everything that it may end."""

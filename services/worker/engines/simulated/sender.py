@@ -76,12 +76,19 @@ class Sender:
     """All transfers of one prefill rank."""
 
     def __init__(
-        self, options: SimulatedOptions, faults: Faults, page_bytes: int, complete: Callable[[Transfer], None]
+        self,
+        options: SimulatedOptions,
+        faults: Faults,
+        page_bytes: int,
+        *,
+        stalls: Callable[[Transfer], bool],
+        complete: Callable[[Transfer], None],
     ) -> None:
-        """`complete` is called when the last of a room's transfers is written."""
+        """Of a transfer that `stalls` half is written. `complete` is called when the last of a room's is written."""
         self._options = options
         self._faults = faults
         self._page_bytes = page_bytes
+        self._stalls = stalls
         self._complete = complete
         self._transfers: list[Transfer] = []
         self._under_way: Counter[int] = Counter()
@@ -123,7 +130,7 @@ class Sender:
         return min((self._page_due(each) for each in self._transfers if self._moves(each)), default=None)
 
     def _moves(self, transfer: Transfer) -> bool:
-        return not self._faults.stalled or transfer.written < len(transfer.pages) // 2
+        return transfer.written < len(transfer.pages) // 2 or not self._stalls(transfer)
 
     def _page_due(self, transfer: Transfer) -> float:
         options = self._options
@@ -150,7 +157,7 @@ class Sender:
             due = total
         else:
             due = min(total, int(elapsed / (self._page_bytes * options.transfer_byte) + 1e-6))
-        if self._faults.stalled:
+        if self._stalls(transfer):
             due = min(due, total // 2)
         return max(due, transfer.written)
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Iterator
 from unittest import mock
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +88,7 @@ def test_forgetting_a_worker_takes_all_its_ranks_and_nobody_else() -> None:
     assert index.overlap([1, 2]) == {A: 2, B: 1}, "its next incarnation begins with nothing"
 
 
+@pytest.mark.peers(11)
 def test_clearing_a_rank_again_and_again_costs_no_memory_for_long() -> None:
     index = KvIndex(2000)
     for _ in range(500):
@@ -137,6 +139,7 @@ def test_whatever_happened_the_answer_is_the_naive_one(data: st.DataObject) -> N
         assert index.pages() == {holder: own for holder, own in held.items() if own}
 
 
+@pytest.mark.peers(11)
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000))
 def test_the_bound_makes_it_know_less_and_never_more(seed: int) -> None:
