@@ -73,6 +73,8 @@ _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # gRPC would share one connection among all clients of an address: they would all meet one process of its frontend.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 
 

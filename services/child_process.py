@@ -22,3 +22,15 @@ def dying_with_parent(command: Sequence[str], number: signal.Signals) -> list[st
     if sys.platform != "linux":
         return list(command)
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(int(number)), str(os.getpid()), *command]
+
+
+def describe_exit(status: int | None) -> str:
+    """ "exited with status 3", "was killed by SIGKILL"."""
+    if status is None:
+        return "is running"
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import http
 import json
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,6 +23,9 @@ MAX_HEADERS = 128
 # the answer that says why.
 LINGER_SECONDS = 2.0
 _RETRY_SECONDS = 1
+# Of a connection's age, so that connections that were opened together don't all come back together.
+_AGE_JITTER = 0.1
+_CLOSE = (b"connection", b"close")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,9 @@ class ConnectionLimits:
     keep_alive_timeout: float = 75.0
     """How long a connection may be idle between two requests."""
 
+    max_age: float = 0.0
+    """After so long, a tenth more or less by chance, the next answer that begins is the connection's last; 0: never."""
+
 
 Wait = Literal["headers", "rest of a body"]
 
@@ -63,6 +70,8 @@ class LimitedProtocol(H11Protocol):
         self._refused = False
         self._waiting_for: Wait | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._aging: asyncio.TimerHandle | None = None
+        self._is_old = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Refuses it when there are too many."""
@@ -75,13 +84,23 @@ class LimitedProtocol(H11Protocol):
             self._refuse(503, "too_many_connections", "too many connections", {"retry-after": str(_RETRY_SECONDS)})
         else:
             self._wait_for("headers")
+            if age := self._limits.max_age:
+                spread = random.uniform(1 - _AGE_JITTER, 1 + _AGE_JITTER)
+                self._aging = self.loop.call_later(age * spread, self._grow_old)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end, whoever wanted it."""
         self._wait_for(None)
+        if self._aging is not None:
+            self._aging.cancel()
         # uvicorn leaves it armed after an error.
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """Hands what has come to the application."""
+        super().handle_events()
+        self._close_after_this_answer()
 
     def data_received(self, data: bytes) -> None:
         """Reads on, or throws away what comes after a refusal."""
@@ -145,6 +164,18 @@ class LimitedProtocol(H11Protocol):
             self._timer = self.loop.call_later(self._limits.header_timeout, self._headers_are_late)
         elif what is not None:
             self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _grow_old(self) -> None:
+        # Idle connections stay: to close one may cross a request that is on its way.
+        self._is_old = True
+        self._close_after_this_answer()
+
+    def _close_after_this_answer(self) -> None:
+        """Of an old connection; an answer that has begun is not the one, because its headers are gone."""
+        cycle = self._cycle
+        if self._is_old and cycle is not None and not cycle.response_started and _CLOSE not in cycle.default_headers:
+            # A list of its own: uvicorn's is shared by all connections.
+            cycle.default_headers = [*cycle.default_headers, _CLOSE]
 
     def _headers_are_late(self) -> None:
         if self.conn.trailing_data[0]:

@@ -15,7 +15,7 @@ import structlog
 import uvicorn
 
 from services.http_protocol import ConnectionLimits, LimitedProtocol
-from services.transport import PortTakenError, TlsConfig, join_host_port
+from services.transport import TlsConfig, bound_socket
 
 log = structlog.get_logger()
 
@@ -66,9 +66,12 @@ class HttpServer:
         tls: TlsConfig | None = None,
         limits: ConnectionLimits | None = None,
         stop_grace_seconds: float = 5.0,
+        reuse_port: bool = False,
     ) -> None:
+        """With `reuse_port` other processes of this user that say the same may listen there, too."""
         limits = limits or ConnectionLimits()
         self._host, self._port, self._flag = host, port, flag
+        self._reuse_port = reuse_port
         self._limits = limits
         config = uvicorn.Config(
             app,
@@ -92,7 +95,8 @@ class HttpServer:
         return self._port
 
     async def __aenter__(self) -> Self:
-        listener = _listen(self._host, self._port, self._flag)
+        listener = bound_socket(self._host, self._port, flag=self._flag, reuse_port=self._reuse_port, backlog=_BACKLOG)
+        listener.setblocking(False)
         _drop_dead_clients(listener, self._limits.write_timeout)
         self._port = listener.getsockname()[1]
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
@@ -149,19 +153,3 @@ def _tls_options(tls: TlsConfig | None) -> dict[str, Any]:
         "ssl_ca_certs": tls.ca,
         "ssl_cert_reqs": ssl.CERT_REQUIRED if tls.require_client_cert else ssl.CERT_NONE,
     }
-
-
-def _listen(host: str, port: int, flag: str) -> socket.socket:
-    bare = host.strip("[]")
-    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((bare, port))
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        address = join_host_port(host, port)
-        raise PortTakenError(f"can't listen on {address} ({error.strerror}): choose another with {flag}") from error
-    listener.setblocking(False)
-    return listener

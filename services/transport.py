@@ -159,14 +159,30 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, tls: TlsConfig | None
 
 def require_free_port(host: str, port: int, *, flag: str) -> None:
     """Raises PortTakenError when nothing can listen there; for a server that binds later, in another library."""
+    bound_socket(host, port, flag=flag).close()
+
+
+def bound_socket(
+    host: str, port: int, *, flag: str, reuse_port: bool = False, backlog: int | None = None
+) -> socket.socket:
+    """A TCP socket that is bound, and listens if there is a `backlog`. Raises PortTakenError.
+
+    With `reuse_port` others of this user may bind the same address, if they say so, too.
+    """
     bare = host.strip("[]")
-    with socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((bare, port))
-        except OSError as error:
-            address = join_host_port(host, port)
-            raise PortTakenError(f"can't listen on {address} ({error.strerror}): choose another with {flag}") from error
+    bound = socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind((bare, port))
+        if backlog is not None:
+            bound.listen(backlog)
+    except OSError as error:
+        bound.close()
+        address = join_host_port(host, port)
+        raise PortTakenError(f"can't listen on {address} ({error.strerror}): choose another with {flag}") from error
+    return bound
 
 
 def bracketed(host: str) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 from services.config.common import EtcdFlags, LogFlags, PhaseFlags, RoutingFlags, TlsFlags, TraceFlags
 from services.config.flags import flag, group
 from services.config.limits import AccessFlags, LimitFlags
+
+# A connection stays with the process that the kernel chose, so a client's load moves to others only with a new one.
+# Often enough to fill a process that was replaced, and a handshake in five minutes costs nothing.
+_AGE_WITH_SEVERAL_PROCESSES = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,13 @@ class FrontendConfig:
     host: str = flag("127.0.0.1", "address that all servers of this process bind")
     port: int = flag(50051, "gRPC port")
     http_port: int = flag(8000, "HTTP port of the OpenAI API, /health, /live and /metrics")
+
+    processes: int = flag(1, "processes that share both ports, each with its own view of the workers (Linux)")
+    max_connection_age: float | None = flag(
+        None,
+        "seconds until a client is asked to connect anew, gRPC and HTTP; nothing that runs is cut; 0: never"
+        " (unset: 300 with several processes, else 0)",
+    )
 
     link: Literal["streams", "session"] = flag("session", "one session per worker, or one gRPC stream per leg")
     heartbeat: float = flag(0.5, "seconds; a worker that is silent for two of them gets no new work (session)")
@@ -78,12 +90,27 @@ class FrontendConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        for name in ("retries", "max_migrations", "ready_queue_timeout"):
-            if getattr(self, name) < 0:
+        for name in ("retries", "max_migrations", "ready_queue_timeout", "max_connection_age"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-        for name in ("max_live_requests", "max_queued_requests", "max_buffered_bytes", "max_embedding_calls"):
+        for name in (
+            "max_live_requests",
+            "max_queued_requests",
+            "max_buffered_bytes",
+            "max_embedding_calls",
+            "processes",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.processes > 1 and sys.platform != "linux":
+            raise ValueError("--processes above 1 needs Linux, which spreads connections over them")
         for name in ("port", "http_port"):
             if not 0 <= getattr(self, name) < 65536:
                 raise ValueError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not a port")
+
+    @property
+    def connection_age(self) -> float:
+        """Seconds; 0.0 for connections that live as long as they are used."""
+        if self.max_connection_age is None:
+            return _AGE_WITH_SEVERAL_PROCESSES if self.processes > 1 else 0.0
+        return self.max_connection_age

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,11 +29,14 @@ from services.config.frontend import FrontendConfig
 from services.config.limits import LimitFlags
 from services.frontend.access.guarded import GuardedEmbedding, GuardedGeneration
 from services.frontend.access.reload import KeyFile
+from services.frontend.access.usage import SharedUsages, own_usage
 from services.frontend.dispatch.pair_checks import PairChecks
 from services.frontend.dispatch.queue import DispatchQueue
 from services.frontend.edge.app import create_app
 from services.frontend.edge.options import EdgeOptions
 from services.frontend.embedding.service import Embedding, EmbeddingService
+from services.frontend.processes.place import Place
+from services.frontend.processes.siblings import Siblings
 from services.frontend.request.api import Generation
 from services.frontend.router.embedding import EmbeddingRouter
 from services.frontend.router.kv.indexes import KvIndexes
@@ -54,7 +58,8 @@ from services.http_server import HttpServer, allow_open_files
 from services.registry.etcd import EtcdClient
 from services.registry.watcher import RegistryWatcher
 from services.telemetry.metrics import watch_event_loop, watch_registry
-from services.transport import bind, join_host_port, make_server
+from services.telemetry.shared import shared_page
+from services.transport import bind, make_server
 
 log = structlog.get_logger()
 
@@ -68,6 +73,8 @@ SERVICE_NAMES = (
 
 # Beside HTTP connections: gRPC clients, workers, etcd, logs.
 _OTHER_FILES = 4096
+# To gRPC.
+_NO_LIMIT = 2**31 - 1
 
 
 class Frontend:
@@ -76,8 +83,10 @@ class Frontend:
     Entering raises PortTakenError, or ValueError for flags that don't go together.
     """
 
-    def __init__(self, config: FrontendConfig) -> None:
+    def __init__(self, config: FrontendConfig, place: Place | None = None) -> None:
+        """`place` is what it shares with the other processes of the same frontend, if there are any."""
         self._config = config
+        self._place = place
         self._stack = contextlib.AsyncExitStack()
         self._health: _Health | None = None
         self._key_file: KeyFile | None = None
@@ -145,47 +154,70 @@ class Frontend:
         self.workers.on_change(self._health_changed)
         generation, embedding, interceptors, gate = self.generation, self.embedding, [], None
         if config.access.api_keys is not None:
-            self._key_file = await stack.enter_async_context(KeyFile(config.access.api_keys))
+            place = self._place
+            usage = own_usage if place is None else SharedUsages(place.folder, place.number, place.count)
+            self._key_file = await stack.enter_async_context(KeyFile(config.access.api_keys, usage=usage))
             gate = self._key_file.gate
             generation = GuardedGeneration(self.generation)
             embedding = GuardedEmbedding(self.embedding, self.generation)
             interceptors = [RpcGate(gate)]
+        siblings = None
+        if self._place is not None:
+            siblings = Siblings(self._place, generation, self._live_requests, interceptors)
+            await stack.enter_async_context(siblings)
         server = make_server(
-            lambda server: self._register(server, generation, embedding, health.grpc_health),
+            lambda server: self._register(server, generation, embedding, health.grpc_health, siblings),
             interceptors=interceptors,
-            options=_grpc_options(config.limits),
+            options=_grpc_options(config, reuse_port=self._place is not None),
         )
         tls = config.tls.server()
         self.grpc_port = bind(server, config.host, config.port, tls=tls)
-        app = create_app(generation, embedding, options=_edge_options(config.limits), gate=gate)
-        limits = _connection_limits(config.limits)
+        app = create_app(
+            generation,
+            embedding,
+            options=_edge_options(config.limits),
+            gate=gate,
+            metrics_page=None if self._place is None else partial(shared_page, self._place.folder),
+        )
+        limits = _connection_limits(config)
         allow_open_files(limits.max_connections + _OTHER_FILES)
         http = await stack.enter_async_context(
-            HttpServer(app, host=config.host, port=config.http_port, flag="--http-port", tls=tls, limits=limits)
+            HttpServer(
+                app,
+                host=config.host,
+                port=config.http_port,
+                flag="--http-port",
+                tls=tls,
+                limits=limits,
+                reuse_port=self._place is not None,
+            )
         )
         self.http_port = http.port
         await stack.enter_async_context(health)
         await server.start()
         stack.push_async_callback(server.stop, 1.0)
-        log.info(
-            "listening",
-            grpc=join_host_port(config.host, self.grpc_port),
-            http=join_host_port(config.host, self.http_port),
-        )
 
     def _register(
-        self, server: grpc.aio.Server, generation: Generation, embedding: Embedding, health: GrpcHealth
+        self,
+        server: grpc.aio.Server,
+        generation: Generation,
+        embedding: Embedding,
+        health: GrpcHealth,
+        siblings: Siblings | None,
     ) -> tuple[str, ...]:
         """`generation` and `embedding` as clients see them; health is about the service as it is."""
         health.register(server)
-        generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(generation), server)
+        generate_pb2_grpc.add_GenerateServiceServicer_to_server(GenerateServicer(generation, siblings), server)
         embed_pb2_grpc.add_EmbedServiceServicer_to_server(EmbedServicer(embedding), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(
-            HealthServicer(self.generation, self.embedding, self.workers, self._registry), server
+            HealthServicer(self.generation, self.embedding, self.workers, self._registry, siblings), server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(generation), server)
         text_pb2_grpc.add_TextServiceServicer_to_server(TextServicer(generation), server)
         return (*SERVICE_NAMES, GRPC_HEALTH_NAME)
+
+    def _live_requests(self) -> int:
+        return self.generation.live_requests + self.embedding.live_requests
 
     async def _kv_indexes(self, stack: contextlib.AsyncExitStack) -> KvIndexes | None:
         """Who holds which prefix, if any policy asks."""
@@ -241,21 +273,33 @@ def _edge_options(limits: LimitFlags) -> EdgeOptions:
     )
 
 
-def _connection_limits(limits: LimitFlags) -> ConnectionLimits:
+def _connection_limits(config: FrontendConfig) -> ConnectionLimits:
+    limits = config.limits
     return ConnectionLimits(
         max_connections=limits.max_connections,
         max_header_bytes=limits.max_header_bytes,
         header_timeout=limits.header_timeout,
         write_timeout=limits.write_timeout,
         keep_alive_timeout=limits.keep_alive_timeout,
+        max_age=config.connection_age,
     )
 
 
-def _grpc_options(limits: LimitFlags) -> list[tuple[str, Any]]:
-    return [
-        ("grpc.max_receive_message_length", limits.max_body_bytes),
-        ("grpc.server_handshake_timeout_ms", int(limits.header_timeout * 1000)),
+def _grpc_options(config: FrontendConfig, *, reuse_port: bool) -> list[tuple[str, Any]]:
+    options = [
+        ("grpc.max_receive_message_length", config.limits.max_body_bytes),
+        ("grpc.server_handshake_timeout_ms", int(config.limits.header_timeout * 1000)),
     ]
+    if reuse_port:
+        options.append(("grpc.so_reuseport", 1))
+    if age := config.connection_age:
+        # gRPC adds or takes a tenth by chance. The grace without end lets every stream finish, which has deadlines of
+        # its own.
+        options += [
+            ("grpc.max_connection_age_ms", max(1, int(age * 1000))),
+            ("grpc.max_connection_age_grace_ms", _NO_LIMIT),
+        ]
+    return options
 
 
 def cache_folder() -> Path:

@@ -145,8 +145,14 @@ class GenerationService:
 
     def abort(self, request_id: str) -> bool:
         """See `Generation`."""
+        if self.abort_live(request_id):
+            return True
+        self._early_aborts.remember(request_id)
+        return False
+
+    def abort_live(self, request_id: str) -> bool:
+        """See `Generation`."""
         if request_id not in self._live:
-            self._early_aborts.remember(request_id)
             return False
         self._end(self._live[request_id], cancelled())
         return True

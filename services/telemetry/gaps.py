@@ -11,8 +11,11 @@ from collections.abc import Iterator, Sequence
 
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.mmap_dict import mmap_key
 from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.utils import floatToGoString
+
+from services.telemetry.shared import shared, shared_file
 
 
 class TokenGaps:
@@ -44,6 +47,35 @@ class TokenGaps:
         family.add_metric(labels, buckets, self._seconds)
 
 
+class SharedTokenGaps(TokenGaps):
+    """The same in a file that other processes read (`services/telemetry/shared.py`)."""
+
+    __slots__ = ("_file", "_keys", "_sum_key")
+
+    def __init__(self, bounds: Sequence[float], name: str, documentation: str, model: str) -> None:
+        super().__init__(bounds)
+        # Not prometheus_client's values: what they do beside writing takes longer than that.
+        self._file = file = shared_file("histogram", name)
+
+        def key(suffix: str, **labels: str) -> str:
+            return mmap_key(name, name + suffix, ["model", *labels], [model, *labels.values()], documentation)
+
+        # The page adds up the buckets itself.
+        self._keys = [key("_bucket", le=floatToGoString(bound)) for bound in (*bounds, float("inf"))]
+        self._sum_key = key("_sum")
+        # What the process counted whose place this one takes.
+        self._counts = [int(file.read_value(each)[0]) for each in self._keys]
+        self._seconds: float = file.read_value(self._sum_key)[0]
+
+    def observe(self, seconds: float, tokens: int) -> None:
+        """As `TokenGaps`."""
+        bucket = bisect_left(self._bounds, seconds / tokens)
+        self._counts[bucket] += tokens
+        self._seconds += seconds
+        self._file.write_value(self._keys[bucket], self._counts[bucket], 0.0)
+        self._file.write_value(self._sum_key, self._seconds, 0.0)
+
+
 class GapHistogram(Collector):
     """`TokenGaps` by model, as one metric of a registry."""
 
@@ -58,7 +90,13 @@ class GapHistogram(Collector):
 
     def of(self, model: str) -> TokenGaps:
         """Where an answer's gaps go; looked up once, not for every token."""
-        return self._models.setdefault(model, TokenGaps(self._bounds))
+        if model not in self._models:
+            if shared():
+                gaps = SharedTokenGaps(self._bounds, self.name, self._documentation, model)
+            else:
+                gaps = TokenGaps(self._bounds)
+            self._models[model] = gaps
+        return self._models[model]
 
     def describe(self) -> Iterator[Metric]:
         """The metric without samples, for the registry."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 
 import structlog
 from opentelemetry import trace
 
 
-def configure_logging(*, level: str, format: str, service: str) -> None:
-    """Configures structlog for this process; `service` stands in every event, the ids of a recorded span in its own."""
+def configure_logging(*, level: str, format: str, service: str, **names: object) -> None:
+    """Configures structlog for this process.
+
+    `service` and what else `names` it stand in every event, the ids of a recorded span in its own.
+    """
     numeric = logging.getLevelNamesMapping()[level.upper()]
     renderer: structlog.typing.Processor
     if format == "json":
@@ -20,7 +24,7 @@ def configure_logging(*, level: str, format: str, service: str) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
-            _name_service(service),
+            _name_process({"service": service, **names}),
             _add_trace,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -44,11 +48,10 @@ def _add_trace(_: object, __: str, event: structlog.typing.EventDict) -> structl
     return event
 
 
-def _name_service(service: str) -> structlog.typing.Processor:
-    """Not a context variable: every thread of the process logs under this name."""
+def _name_process(names: Mapping[str, object]) -> structlog.typing.Processor:
+    """No context variables: every thread of the process logs under these names."""
 
     def add(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        event.setdefault("service", service)
-        return event
+        return {**names, **event}
 
     return add

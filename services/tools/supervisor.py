@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from services.child_process import dying_with_parent
+from services.child_process import describe_exit, dying_with_parent
 
 _POLL_SECONDS = 0.05
 _GROUP_GONE_SECONDS = 3.0
@@ -180,15 +180,3 @@ def group_members(group: int) -> list[int]:
             if int(pgrp) == group and state not in "ZX":
                 members.append(int(stat.parent.name))
     return members
-
-
-def describe_exit(status: int | None) -> str:
-    """ "exited with status 3", "was killed by SIGKILL"."""
-    if status is None:
-        return "is running"
-    if status >= 0:
-        return f"exited with status {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"

@@ -16,6 +16,7 @@ import structlog
 from kvbaton.errors import Reason, RequestError
 from services.frontend.access.keys import ApiKey, digest_of
 from services.frontend.access.rates import RequestRate
+from services.frontend.access.usage import Usage, own_usage
 from services.telemetry import metrics
 
 log = structlog.get_logger()
@@ -28,9 +29,9 @@ _CONCURRENCY_RETRY_SECONDS = 1.0
 class Caller:
     """The owner of one key, and what it uses right now."""
 
-    def __init__(self, key: ApiKey) -> None:
+    def __init__(self, key: ApiKey, usage: Usage) -> None:
         self.key = key
-        self.running = 0
+        self.usage = usage
         self.rate: RequestRate | None = None
         self.now_has(key)
 
@@ -40,7 +41,7 @@ class Caller:
         if key.requests_per_minute is None:
             self.rate = None
         elif self.rate is None:
-            self.rate = RequestRate(key.requests_per_minute)
+            self.rate = RequestRate(key.requests_per_minute, self.usage.full_at)
         else:
             self.rate.per_minute = key.requests_per_minute
 
@@ -48,6 +49,11 @@ class Caller:
     def name(self) -> str:
         """Of the key, for logs and metrics."""
         return self.key.name
+
+    @property
+    def running(self) -> int:
+        """Requests, of all processes of the frontend."""
+        return self.usage.running
 
     def may_use(self, model: str) -> bool:
         """Whether the key's list has the model."""
@@ -82,8 +88,16 @@ def current_admission() -> Admission | None:
 class Gate:
     """The keys in force. Memory is bounded by their number, not by that of clients."""
 
-    def __init__(self, keys: Iterable[ApiKey], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        keys: Iterable[ApiKey],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        usage: Callable[[str], Usage] = own_usage,
+    ) -> None:
+        """`usage` says where a key of that name is counted."""
         self._clock = clock
+        self._usage = usage
         self._callers: dict[str, Caller] = {}
         self.replace(keys)
 
@@ -92,7 +106,7 @@ class Gate:
         before = self._callers
         self._callers = {}
         for key in keys:
-            caller = before.get(key.name) or Caller(key)
+            caller = before.get(key.name) or Caller(key, self._usage(key.name))
             caller.now_has(key)
             self._callers[key.name] = caller
 
@@ -115,7 +129,7 @@ class Gate:
         """
         if counted:
             self._require_room(caller)
-            caller.running += 1
+            caller.usage.add(1)
         try:
             with ExitStack() as at_end, structlog.contextvars.bound_contextvars(key_name=caller.name):
                 token = _ADMISSION.set(Admission(caller, at_end))
@@ -123,7 +137,7 @@ class Gate:
                 yield
         finally:
             if counted:
-                caller.running -= 1
+                caller.usage.add(-1)
 
     def rate_of(self, caller: Caller) -> RateState | None:
         """None for a key without a rate."""

@@ -61,10 +61,18 @@ class GuardedGeneration:
     def abort(self, request_id: str) -> bool:
         """As `Generation`; a request that lives under another key isn't there."""
         admission = current_admission()
-        if admission is None or self._owners.get(request_id) == admission.caller.name:
+        if self._may_abort(admission, request_id):
             return self._inner.abort(request_id)
-        self._early_aborts.remember(_own_id(admission, request_id))
+        if admission is not None:
+            self._early_aborts.remember(_own_id(admission, request_id))
         return False
+
+    def abort_live(self, request_id: str) -> bool:
+        """As `abort`, but an id that isn't there is not remembered."""
+        return self._may_abort(current_admission(), request_id) and self._inner.abort_live(request_id)
+
+    def _may_abort(self, admission: Admission | None, request_id: str) -> bool:
+        return admission is None or self._owners.get(request_id) == admission.caller.name
 
     def _refuse_aborted(self, request_id: str) -> None:
         admission = current_admission()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
 from services.frontend.access.gate import Gate
 from services.frontend.access.keys import ApiKey, KeyFileError, names_of, read_keys
+from services.frontend.access.usage import Usage, own_usage
 
 log = structlog.get_logger()
 
@@ -24,12 +26,15 @@ class KeyFile:
     network file systems tell nobody. A file that can't be used changes nothing. Creating it raises KeyFileError.
     """
 
-    def __init__(self, path: Path, *, poll_seconds: float = POLL_SECONDS) -> None:
+    def __init__(
+        self, path: Path, *, poll_seconds: float = POLL_SECONDS, usage: Callable[[str], Usage] = own_usage
+    ) -> None:
+        """`usage` as in `Gate`."""
         self._path = path
         self._poll_seconds = poll_seconds
         self._seen = _signature(path)
         self._keys: tuple[ApiKey, ...] = read_keys(path)
-        self.gate = Gate(self._keys)
+        self.gate = Gate(self._keys, usage=usage)
         self._asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         log.info("api keys read", file=str(path), keys=len(self._keys))

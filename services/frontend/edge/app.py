@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
 from services.frontend.access.gate import Gate
 from services.frontend.edge import errors
@@ -28,10 +28,12 @@ def create_app(
     options: EdgeOptions | None = None,
     gate: Gate | None = None,
     registry: CollectorRegistry = REGISTRY,
+    metrics_page: system_routes.MetricsPage | None = None,
 ) -> FastAPI:
     """The ASGI application over one frontend's service; it needs no lifespan events.
 
-    With a `gate` every route but the system's needs an API key. /metrics shows `registry`.
+    With a `gate` every route but the system's needs an API key. /metrics shows `registry`, or
+    the page of several processes.
     """
     app = FastAPI(
         title="Baton, OpenAI-compatible API",
@@ -57,5 +59,9 @@ def create_app(
     app.include_router(embedding_routes.router(embedding, options), dependencies=keyed)
     app.include_router(tokenization_routes.router(generation, options), dependencies=keyed)
     app.include_router(model_routes.router(generation), dependencies=keyed)
-    app.include_router(system_routes.router(generation, registry))
+
+    async def own_page() -> bytes:
+        return generate_latest(registry)  # in the event loop's thread, which writes what it shows
+
+    app.include_router(system_routes.router(generation, metrics_page or own_page))
     return app

@@ -145,7 +145,11 @@ class Generation(Protocol):
         ...
 
     def abort(self, request_id: str) -> bool:
-        """Cancels a live request by id; False when there is none."""
+        """Cancels a live request by id; False when there is none. One that comes soon is cancelled, then."""
+        ...
+
+    def abort_live(self, request_id: str) -> bool:
+        """As `abort`, but an id that isn't there is not remembered."""
         ...
 
     def models(self) -> list[model_pb2.ModelInfo]:

@@ -11,6 +11,7 @@ import grpc.aio
 
 from kvbaton.errors import invalid
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
+from services.frontend.processes.siblings import Siblings
 from services.frontend.request.api import Finished, FinishReason, Generation, Output
 from services.requests import check_request_id
 from services.telemetry.tracing import pick_headers
@@ -23,10 +24,11 @@ _FINISH_REASONS = {
 
 
 class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
-    """A thin edge over `Generation`."""
+    """A thin edge over `Generation`, of this process and its `siblings`."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, siblings: Siblings | None = None) -> None:
         self._generation = generation
+        self._siblings = siblings
 
     async def Generate(  # type: ignore[override]
         self, request: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -53,7 +55,12 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         """Cancels a live request."""
         if not request.request_id:
             raise invalid("request_id", "missing")
-        return generate_pb2.AbortResponse(found=self._generation.abort(check_request_id(request.request_id)))
+        request_id = check_request_id(request.request_id)
+        if self._siblings is None:
+            found = self._generation.abort(request_id)
+        else:
+            found = await self._siblings.abort(request_id, tuple(context.invocation_metadata() or ()))
+        return generate_pb2.AbortResponse(found=found)
 
 
 def _response(output: Output, request_id: str) -> generate_pb2.GenerateResponse:

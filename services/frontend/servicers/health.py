@@ -10,6 +10,7 @@ import grpc
 from kvbaton.errors import invalid
 from kvbaton.v1 import embed_pb2, generate_pb2, health_pb2, health_pb2_grpc, model_pb2, worker_pb2
 from services.frontend.embedding.service import EmbeddingService
+from services.frontend.processes.siblings import Siblings
 from services.frontend.router.worker_set import WorkerSet
 from services.frontend.service import GenerationService
 from services.modes import GENERATE
@@ -27,21 +28,29 @@ class HealthServicer(health_pb2_grpc.HealthServiceServicer):
         embedding: EmbeddingService,
         workers: WorkerSet,
         registry: RegistryWatcher,
+        siblings: Siblings | None = None,
     ) -> None:
         self._generation = generation
         self._embedding = embedding
         self._workers = workers
         self._registry = registry
+        self._siblings = siblings
         self._started_at = time.time()
 
     async def Status(
         self, request: health_pb2.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.StatusResponse:
-        """State, load and topology."""
+        """State, load and topology. Of several processes only the load is that of all."""
+        live_requests, detail = self._generation.live_requests + self._embedding.live_requests, ""
+        if self._siblings is not None:
+            live_requests = await self._siblings.live_requests(tuple(context.invocation_metadata() or ()))
+            place = self._siblings.place
+            detail = f"process {place.number} of {place.count}"
         response = health_pb2.StatusResponse(
             state=self._state(),
+            detail=detail,
             versions=worker_pb2.Versions(kvbaton=own_version()),
-            load=health_pb2.Load(live_requests=self._generation.live_requests + self._embedding.live_requests),
+            load=health_pb2.Load(live_requests=live_requests),
             workers=[worker.describe() for worker in self._workers.all()],
             registry=self._view(),
         )

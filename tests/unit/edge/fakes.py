@@ -135,6 +135,9 @@ class ScriptedGeneration:
     def abort(self, request_id: str) -> bool:
         return False
 
+    def abort_live(self, request_id: str) -> bool:
+        return False
+
     def models(self) -> list[model_pb2.ModelInfo]:
         return [
             model_pb2.ModelInfo(

@@ -277,6 +277,48 @@ async def test_an_idle_connection_is_kept_and_then_closed() -> None:
         assert await connection.closed(within=3.0) == b""
 
 
+async def test_the_next_answer_on_an_old_connection_is_its_last() -> None:
+    async with edge(max_age=1.0) as server:
+        connection = await server.connect()
+        await asyncio.sleep(1.3)
+        assert await connection.is_open(after=0.1)  # a request may be on its way
+        connection.send(LIVE)
+        answer = await connection.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert await connection.closed() == b""
+
+
+async def test_a_connection_that_is_not_old_says_nothing_of_it() -> None:
+    async with edge(max_age=1000.0) as server:
+        connection = await server.connect()
+        for _ in range(3):
+            connection.send(LIVE)
+            assert "connection" not in (await connection.answer()).headers
+        assert await connection.is_open(after=0.1)
+
+
+async def test_an_answer_that_has_not_begun_when_its_connection_grows_old_is_its_last() -> None:
+    async with edge(max_age=1.0) as server:
+        connection = await server.connect()
+        request = post(COMPLETIONS)
+        connection.send(request[:-5])
+        await asyncio.sleep(1.3)
+        connection.send(request[-5:])
+        answer = await connection.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert await connection.closed() == b""
+
+
+async def test_an_answer_that_runs_when_its_connection_grows_old_is_not_cut() -> None:
+    generation = ScriptedGeneration(said("Hel"), Hang())
+    async with edge(generation, max_age=0.2) as server:
+        connection = await server.connect()
+        connection.send(post(COMPLETIONS, orjson.dumps(COMPLETION | {"stream": True})))
+        await connection.until(b"Hel")
+        assert await connection.is_open(after=1.0)
+        assert not generation.live[0].cancelled.is_set()
+
+
 async def test_a_long_answer_outlives_all_of_these() -> None:
     generation = ScriptedGeneration(said("Hel"), Hang())
     options = EdgeOptions(body_timeout_seconds=0.2, write_timeout_seconds=0.2)

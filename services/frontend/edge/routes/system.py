@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from typing_extensions import TypedDict
 
 from services.frontend.edge.routes.models import available_models
 from services.frontend.edge.wire import json_response
 from services.frontend.request.api import Generation
+
+MetricsPage = Callable[[], Awaitable[bytes]]
+"""Makes the page of /metrics."""
 
 
 class Health(TypedDict):
@@ -26,7 +30,7 @@ class Liveness(TypedDict):
     status: Literal["ok"]
 
 
-def router(generation: Generation, registry: CollectorRegistry) -> APIRouter:
+def router(generation: Generation, metrics_page: MetricsPage) -> APIRouter:
     """The routes that are not OpenAI's."""
     routes = APIRouter(tags=["system"])
 
@@ -49,7 +53,7 @@ def router(generation: Generation, registry: CollectorRegistry) -> APIRouter:
 
     @routes.get("/metrics", response_model=None, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """The process's metrics in Prometheus's text format."""
-        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        """The frontend's metrics in Prometheus's text format."""
+        return Response(await metrics_page(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     return routes
