@@ -149,6 +149,7 @@ async def etcdctl(etcd: LocalEtcd, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.peers(5)
 async def test_frozen_for_three_lease_times(cluster: Cluster, etcd: LocalEtcd) -> None:
     async with steady(cluster.client, PER_SECOND):
         freeze(etcd.pid)
@@ -163,6 +164,7 @@ async def test_frozen_for_three_lease_times(cluster: Cluster, etcd: LocalEtcd) -
 
 
 @pytest.mark.parametrize("with_data", [True, False], ids=["with-data", "without-data"])
+@pytest.mark.peers(5)
 async def test_killed_and_restarted(cluster: Cluster, etcd: LocalEtcd, tmp_path: Path, with_data: bool) -> None:
     async with steady(cluster.client, PER_SECOND):
         await etcd.kill()
@@ -180,6 +182,7 @@ async def test_killed_and_restarted(cluster: Cluster, etcd: LocalEtcd, tmp_path:
                 assert cluster.changes(name) == ["lease_renewal_failing", "lease_renewal_regained"]
 
 
+@pytest.mark.peers(5)
 async def test_every_lease_revoked(cluster: Cluster, etcd: LocalEtcd) -> None:
     """The frontend hears of it before any worker does, and goes on with all of them."""
     async with steady(cluster.client, PER_SECOND):
@@ -193,6 +196,7 @@ async def test_every_lease_revoked(cluster: Cluster, etcd: LocalEtcd) -> None:
     assert cluster.changes() == []
 
 
+@pytest.mark.peers(5)
 async def test_compacted_while_workers_come_and_go(cluster: Cluster, etcd: LocalEtcd) -> None:
     async def compact() -> None:
         async with EtcdClient([etcd.endpoint]) as client:
@@ -206,6 +210,7 @@ async def test_compacted_while_workers_come_and_go(cluster: Cluster, etcd: Local
         await cluster.settled(*STAYING, LATE)
 
 
+@pytest.mark.peers(5)
 async def test_of_three_members_the_one_that_the_frontend_follows_is_killed(tmp_path: Path) -> None:
     async with EtcdCluster(tmp_path) as members, around(members.endpoints, tmp_path) as cluster:
         async with steady(cluster.client, PER_SECOND):

@@ -86,6 +86,7 @@ async def failing(cluster: FakeCluster, reason: Reason) -> None:
 
 
 @pytest.mark.parametrize("sick", [Role.PREFILL, Role.DECODE])
+@pytest.mark.peers(8)
 async def test_a_worker_that_fails_every_request_is_ejected_and_its_partners_are_not(
     cluster: FakeCluster, sick: Role
 ) -> None:
@@ -111,6 +112,7 @@ async def test_a_worker_that_fails_every_request_is_ejected_and_its_partners_are
     assert "ejected by its breaker: UNAVAILABLE ENGINE_ABORTED" in described.reason
 
 
+@pytest.mark.peers(8)
 async def test_of_two_sick_workers_one_stays_as_the_last_resort(cluster: FakeCluster) -> None:
     behaviour = Behaviour(abort_message="out of sorts")
     workers = [await cluster.start_worker(Role.AGGREGATED, behaviour) for _ in range(2)]
@@ -168,6 +170,7 @@ async def test_whether_it_can_hand_over_again_shows_no_client(cluster: FakeClust
     assert max(len(request.token_ids) for request in bad.engine.seen[tried:]) > len(PROMPT), "the proof's own page"
 
 
+@pytest.mark.peers(8)
 async def test_bad_input_full_queues_and_cancels_open_nothing(cluster: FakeCluster) -> None:
     prefill, decode = await cluster.start_pair()
     for _ in range(4 * FAULTS):

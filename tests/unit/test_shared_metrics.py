@@ -138,13 +138,15 @@ def test_gauges_are_of_those_that_live(sharing: Sharing) -> None:
 
 
 def test_a_removed_label_is_gone_once_all_have_removed_it(sharing: Sharing) -> None:
-    exact = ("kvbaton_kv_index_exact", '{"worker": "w"}')
-    sharing.start(1, "metrics.KV_INDEX_EXACT.labels('w').set(1)")
-    sharing.start(2, "metrics.KV_INDEX_EXACT.labels('w').set(0)\nmetrics.KV_INDEX_EXACT.remove('w')")
+    exact = ("kvbaton_kv_index_exact", '{"role": "decode", "worker": "w"}')
+    sharing.start(1, "metrics.KV_INDEX_EXACT.labels('decode', 'w').set(1)")
+    sharing.start(
+        2, "metrics.KV_INDEX_EXACT.labels('decode', 'w').set(0)\nmetrics.KV_INDEX_EXACT.remove('decode', 'w')"
+    )
     assert sharing.page()[exact] == 1
     sharing.kill(1)
     assert exact not in sharing.page()
-    sharing.start(1, "metrics.KV_INDEX_EXACT.labels('w').set(0)")
+    sharing.start(1, "metrics.KV_INDEX_EXACT.labels('decode', 'w').set(0)")
     assert sharing.page()[exact] == 0
 
 
@@ -196,6 +198,6 @@ def test_every_gauge_says_what_stands_for_several_processes() -> None:
 
 def test_a_process_alone_keeps_its_metrics_to_itself() -> None:
     assert metrics.LIVE_REQUESTS in set(REGISTRY._collector_to_names)  # pyright: ignore[reportPrivateUsage]
-    metrics.KV_INDEX_EXACT.labels("gone").set(1)
-    metrics.KV_INDEX_EXACT.remove("gone")
-    assert REGISTRY.get_sample_value("kvbaton_kv_index_exact", {"worker": "gone"}) is None
+    metrics.KV_INDEX_EXACT.labels("decode", "gone").set(1)
+    metrics.KV_INDEX_EXACT.remove("decode", "gone")
+    assert REGISTRY.get_sample_value("kvbaton_kv_index_exact", {"role": "decode", "worker": "gone"}) is None
