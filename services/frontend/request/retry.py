@@ -36,9 +36,12 @@ class RetryPolicy:
     """Further attempts of one request: how many before its first token, and on which workers."""
 
     retries_left: int
-    # Instance ids of workers that failed it or are no good to it, and by role of those that may have failed it.
+    # Instance ids of workers that failed it, by role of those that may have, of those of the last attempt among them,
+    # and of those that are no good to it.
     _failed: set[str] = field(default_factory=set[str])
     _suspects: dict[Role, set[str]] = field(default_factory=lambda: defaultdict(set))
+    _latest: set[str] = field(default_factory=set[str])
+    _unfit: set[str] = field(default_factory=set[str])
 
     def spend(self, error: RequestError) -> None:
         """One more try before the first token. Raises the error where there is none left."""
@@ -50,25 +53,29 @@ class RetryPolicy:
         """Remembers the workers at fault; behind the hand-over (`handed_over`) that is the one that says so."""
         at_fault = [worker for worker in placement.workers if worker.role.value == error.leg]
         if (error.reason in EITHER_ONES_FAULT and not handed_over) or not at_fault:
-            for worker in placement.workers:
+            at_fault = list(placement.workers)
+            for worker in at_fault:
                 self._suspects[worker.role].add(worker.instance_id)
         else:
             self._failed.update(worker.instance_id for worker in at_fault)
+        self._latest = {worker.instance_id for worker in at_fault}
 
     def exclude(self, unfit: Collection[str]) -> None:
         """These instance ids can't help, through no fault of theirs."""
-        self._failed.update(unfit)
+        self._unfit.update(unfit)
 
     def exclusions(self) -> Iterator[frozenset[str]]:
         """Instance ids to do without, the safest choice first.
 
         Of two workers that may both be the cause one is innocent: without another pair, another prefill with the
-        same decode will do, or the other way round.
+        same decode will do, or the other way round. And what failed an earlier attempt may serve again by now.
         """
-        suspects = self._suspects
-        yield frozenset(self._failed.union(*suspects.values()))
+        suspects, certain = self._suspects, self._failed | self._unfit
+        yield frozenset(certain.union(*suspects.values()))
         for role in list(suspects):
-            yield frozenset(self._failed | suspects[role])
+            yield frozenset(certain | suspects[role])
+        if not certain <= (forgiving := frozenset(self._latest | self._unfit)):
+            yield forgiving
 
     def pause(self) -> float:
         """Seconds until the next attempt: a little, and not the same for every request of a failed worker."""
