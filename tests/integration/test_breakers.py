@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -110,6 +111,37 @@ async def test_a_worker_that_fails_every_request_is_ejected_and_its_partners_are
     assert described.breaker == health_pb2.BREAKER_STATE_OPEN
     assert not described.routable
     assert "ejected by its breaker: UNAVAILABLE ENGINE_ABORTED" in described.reason
+
+
+async def test_what_can_not_migrate_counts_all_the_same(cluster: FakeCluster) -> None:
+    """Sampling without a seed, as most requests: the client is told NOT_MIGRATABLE, the breaker what happened."""
+    bad = await cluster.start_worker(Role.AGGREGATED, Behaviour(token_seconds=0.02, abort_behind=2))
+    good = await cluster.start_worker(Role.AGGREGATED)
+    await cluster.routable(2)
+    for _ in range(MANY):
+        if seen(cluster, bad).ejected:
+            break
+        sampling = SamplingParams(max_new_tokens=8, temperature=1)
+        with contextlib.suppress(RequestError):
+            await cluster.client.generate(token_ids=PROMPT, sampling=sampling)
+    assert seen(cluster, bad).ejected
+    assert "ENGINE_ABORTED" in seen(cluster, bad).breaker.last_fault
+    assert not seen(cluster, good).breaker.opened_at
+
+
+async def test_of_several_choices_only_the_failed_ones_worker_is_blamed(cluster: FakeCluster) -> None:
+    bad = await cluster.start_worker(Role.AGGREGATED, Behaviour(token_seconds=0.02, abort_behind=2))
+    good = await cluster.start_worker(Role.AGGREGATED, Behaviour(token_seconds=0.05))
+    await cluster.routable(2)
+    for _ in range(MANY):
+        if seen(cluster, bad).ejected:
+            break
+        with pytest.raises(RequestError):
+            await cluster.client.generate(
+                token_ids=PROMPT, n=2, sampling=SamplingParams(max_new_tokens=200, temperature=1)
+            )
+    assert seen(cluster, bad).ejected
+    assert not seen(cluster, good).breaker.last_fault
 
 
 @pytest.mark.peers(8)

@@ -69,6 +69,8 @@ class Behaviour:
     prefill_seconds: float = 0.0
     abort_message: str = ""
     """Non-empty: every request ends at once with Finish.ABORT and this message."""
+    abort_behind: int = 0
+    """Not 0: every request ends so behind this many tokens."""
     wrong_first_token: bool = False
     hang: bool = False
     probe_fails: str = ""
@@ -192,6 +194,9 @@ class FakeEngine:
             if stop.is_set():
                 self._raise_if_dead()
                 yield EngineDelta([], EngineFinish(Finish.ABORT, message="aborted"))
+                return
+            if self.behaviour.abort_behind and index > self.behaviour.abort_behind:
+                yield EngineDelta([], EngineFinish(Finish.ABORT, message="out of sorts", status=500))
                 return
             finish = None
             if index == count:

@@ -156,7 +156,7 @@ class _Page:
             sampling=Sampling(max_new_tokens=2, temperature=0.0, ignore_eos=True),
             text=None,
         )
-        self._attempt = Attempt(prepared, placement, self._hear, tracing.UNSAMPLED)
+        self._attempt = Attempt(prepared, placement, self._hear, tracing.UNSAMPLED, proof=True)
         self._dispatched = False
 
     async def handed_over(self) -> None:

@@ -40,11 +40,15 @@ class Attempt:
         placement: Placement,
         sink: Callable[[Attempt, Role, LegEvent], None],
         span: Span,
+        *,
+        proof: bool = False,
     ) -> None:
+        """A `proof` of the pair is a page long: its answer says of decode only that a KV cache came over."""
         self.placement = placement
         self.room = _fresh_room(placement)
         self._blame = Blame(placement)
         self.hand_over = HandOver(expected=placement.prefill is not None, succeeded=self._blame.handed_over)
+        self._proof = proof
         self._prepared = prepared
         self._sink = sink
         self._span = span
@@ -77,14 +81,16 @@ class Attempt:
         """0 for an aggregated worker."""
         return 0 if self.room is None else self.room.room
 
-    async def close(self, *, answered: bool, error: RequestError | None = None) -> None:
-        """Ends what still runs, prefill first. `error` is why, for the trace and the workers' breakers.
+    async def close(
+        self, *, answered: bool, error: RequestError | None = None, fault: RequestError | None = None
+    ) -> None:
+        """Ends what still runs, prefill first. `error` is why, for the trace; `fault` is what the attempt itself failed by.
 
         NIXL writes are one-sided: while the prefill leg lives it may write into decode's pages, so decode must not let
         go of them (and give them to another request) before prefill has ended or can't be reached any more. After a
         complete answer (`answered`) prefill gets the moment that it needs to end by itself.
         """
-        self._blame.ended(answered=answered, error=error)
+        self._blame.ended(answered=answered and not self._proof, error=fault)
         try:
             await self._end_legs(answered=answered)
         finally:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import grpc
 
 from kvbaton.errors import Reason, RequestError
-from kvbaton.v1 import generate_pb2
+from kvbaton.v1 import generate_pb2, worker_pb2
 from services.frontend.link.protocol import LegFinished
 from services.frontend.request.prepare import PreparedRequest
 from services.frontend.router.placement import Placement
@@ -57,14 +57,14 @@ class Migration:
         assert self._cause is not None
         return self._cause
 
-    def unfit(self, placement: Placement, prompt_tokens: int) -> frozenset[str]:
-        """Instance ids that can't take over: the longer prompt is too long for them, or their weights are others."""
+    def unfit(self, placement: Placement, rest: PreparedRequest) -> frozenset[str]:
+        """Instance ids that can't take over: they don't take such a request, or their weights are others."""
         if self._cause is None:
             return frozenset()
         return frozenset(
             worker.instance_id
             for worker in placement.workers
-            if worker.record.runtime.max_prompt_tokens < prompt_tokens or _weights(worker) != self._weights
+            if not _takes(worker.record.runtime, rest) or _weights(worker) != self._weights
         )
 
     def continued(self) -> None:
@@ -115,6 +115,17 @@ def lost_end(prepared: PreparedRequest, taken: Sequence[int]) -> LegFinished | N
     else:
         return None
     return LegFinished([], finished)
+
+
+def _takes(runtime: worker_pb2.RuntimeConfig, rest: PreparedRequest) -> bool:
+    """Workers of one model may differ in what they take, and its first ones took the request."""
+    prompt, sampling = len(rest.token_ids), rest.sampling
+    return (
+        prompt <= runtime.max_prompt_tokens
+        and prompt + sampling.max_new_tokens <= runtime.context_length
+        and (sampling.seed is None or runtime.seeded_sampling)
+        and (not rest.cache_salt or runtime.cache_salts)
+    )
 
 
 def _weights(worker: Worker) -> tuple[str, str]:

@@ -77,6 +77,8 @@ class RequestOwner:
         self._events: asyncio.Queue[FromLeg | FromQueue | End] = asyncio.Queue()
         self._outbox = outbox
         self._attempt: Attempt | None = None
+        # What that failed by itself; the client may be told of something else, or of another choice's failure.
+        self._fault: RequestError | None = None
         self._closing: list[asyncio.Task[None]] = []
         self.answer = Answer(prepared, received, tokenization)
         self.attempts = 0
@@ -155,6 +157,7 @@ class RequestOwner:
                 await self._follow()
                 return
             except RequestError as error:
+                self._fault = error
                 if not retryable(error):
                     raise
                 self._ticket = self._enter_again(error, placement)
@@ -173,8 +176,16 @@ class RequestOwner:
     async def _placed(self) -> Placement:
         """Waits for workers that can run what is left. Raises RequestError, and EndedError as all that waits does."""
         while True:
-            placement = await self._turn(self._ticket)
-            unfit = self._migration.unfit(placement, len(self._rest.token_ids))
+            try:
+                placement = await self._turn(self._ticket)
+            except RequestError as error:
+                if not self.attempts or error.code is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                # All that it was to have are gone; those that it was to do without may be back.
+                self._retry.forgive()
+                self._ticket = self._next_place(error)
+                continue
+            unfit = self._migration.unfit(placement, self._rest)
             if not unfit:
                 return placement
             self._ticket.leave()
@@ -232,8 +243,10 @@ class RequestOwner:
         """Ends the attempt's legs in a task of its own; the request ends only when all such tasks have."""
         if self._attempt is None:
             return
-        answered = self.answer.complete is not None
-        self._closing.append(asyncio.create_task(self._attempt.close(answered=answered, error=error)))
+        fault, self._fault = self._fault, None
+        answered = self.answer.complete is not None and fault is None
+        closing = self._attempt.close(answered=answered, error=error, fault=fault)
+        self._closing.append(asyncio.create_task(closing))
         self._attempt = None
 
     def _from_leg(self, attempt: Attempt, role: Role, event: LegEvent) -> None:

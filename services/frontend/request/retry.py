@@ -64,6 +64,12 @@ class RetryPolicy:
         """These instance ids can't help, through no fault of theirs."""
         self._unfit.update(unfit)
 
+    def forgive(self) -> None:
+        """There is nobody else: who failed, even in the last attempt, is better than nobody."""
+        self._failed.clear()
+        self._suspects.clear()
+        self._latest.clear()
+
     def exclusions(self) -> Iterator[frozenset[str]]:
         """Instance ids to do without, the safest choice first.
 

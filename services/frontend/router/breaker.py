@@ -63,6 +63,7 @@ class Breaker:
         self._counted_at = 0.0
         self._closed_at = 0.0
         self._probing: asyncio.Task[None] | None = None
+        self._gone = False
 
     @property
     def closed(self) -> bool:
@@ -74,7 +75,7 @@ class Breaker:
 
         `shared`: by the fault of one of its two workers, nobody knows whose.
         """
-        if not self._flags.breaker_faults or not self.closed or sent < self._counted_at:
+        if self._gone or not self._flags.breaker_faults or not self.closed or sent < self._counted_at:
             return
         self._counted_at = time.monotonic()
         self.last_fault = why
@@ -94,7 +95,8 @@ class Breaker:
         self._shared = 0
 
     async def close(self) -> None:
-        """The worker is gone: it is probed no more."""
+        """The worker is gone: it is probed no more, and what its link still ends counts no more."""
+        self._gone = True
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)

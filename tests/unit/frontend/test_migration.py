@@ -24,8 +24,9 @@ DEAD = RequestError(
 LENGTH, STOP = generate_pb2.FINISH_REASON_LENGTH, generate_pb2.FINISH_REASON_STOP
 
 
-def placement(*, max_prompt_tokens: int = 100, revision: str = "r1") -> Any:
-    runtime = SimpleNamespace(max_prompt_tokens=max_prompt_tokens, kv_cache_dtype="bf16")
+def placement(*, revision: str = "r1", **limits: Any) -> Any:
+    defaults = {"max_prompt_tokens": 100, "context_length": 200, "seeded_sampling": True, "cache_salts": True}
+    runtime = SimpleNamespace(kv_cache_dtype="bf16", **{**defaults, **limits})
     record = SimpleNamespace(runtime=runtime, model=SimpleNamespace(revision=revision))
     workers = [
         SimpleNamespace(role=role, instance_id=name, record=record)
@@ -123,12 +124,17 @@ def test_the_error_says_who_failed_why_and_what_keeps_it() -> None:
 
 
 def test_only_workers_with_room_and_the_same_weights_can_take_over() -> None:
-    migration = Migration(prepared(), 3)
-    assert not migration.unfit(placement(max_prompt_tokens=1), 3), "the workers themselves say so of a first attempt"
-    migration.begin(DEAD, placement(), [20])
-    assert not migration.unfit(placement(max_prompt_tokens=4), 4)
-    assert migration.unfit(placement(max_prompt_tokens=3), 4) == {"p0", "d0"}
-    assert migration.unfit(placement(revision="r2"), 4) == {"p0", "d0"}
+    whole = prepared(replace(GREEDY, seed=3), cache_salt="s")
+    migration = Migration(whole, 3)
+    assert not migration.unfit(placement(max_prompt_tokens=1), whole), "the workers say so of a first attempt"
+    rest = migration.begin(DEAD, placement(), [20])
+    total = 3 + GREEDY.max_new_tokens
+    assert not migration.unfit(placement(max_prompt_tokens=4, context_length=total), rest)
+    assert migration.unfit(placement(max_prompt_tokens=3), rest) == {"p0", "d0"}
+    assert migration.unfit(placement(context_length=total - 1), rest) == {"p0", "d0"}
+    assert migration.unfit(placement(seeded_sampling=False), rest) == {"p0", "d0"}
+    assert migration.unfit(placement(cache_salts=False), rest) == {"p0", "d0"}
+    assert migration.unfit(placement(revision="r2"), rest) == {"p0", "d0"}
     assert migration.cause is DEAD
 
 

@@ -38,6 +38,14 @@ def test_who_failed_earlier_is_better_than_nobody() -> None:
     assert list(policy.exclusions()) == [{"p0", "p1"}, {"p1"}]
 
 
+def test_where_there_is_nobody_else_all_are_forgiven_but_who_is_no_good() -> None:
+    policy = RetryPolicy(2)
+    policy.blame(lost("prefill"), pair("p0", "d0"))
+    policy.exclude({"d1"})
+    policy.forgive()
+    assert list(policy.exclusions()) == [{"d1"}]
+
+
 def test_who_is_no_good_is_so_to_the_end() -> None:
     policy = RetryPolicy(2)
     policy.blame(lost("prefill"), pair("p0", "d0"))
