@@ -96,6 +96,20 @@ class LocalWorker:
         return LocalChannel(SessionServicer(self.core, runner), KvEventServicer(self.core, self.hub))
 
 
+class NoBreaker:
+    """Of workers that don't fail."""
+
+    closed = True
+
+    def failed(self, *_: object, **__: object) -> None:
+        """Opens nothing."""
+
+    def succeeded(self) -> None:
+        """Needs no word."""
+
+    handed_over = succeeded
+
+
 class KnownWorker:
     """What a frontend needs of a `router.worker.Worker`."""
 
@@ -105,6 +119,8 @@ class KnownWorker:
         self.record = worker.core.require_loaded().record
         self.limits = worker.core.require_loaded().limits
         self.text = None
+        self.model_info = None
+        self.breaker = NoBreaker()
         self.channel = cast("Any", worker.channel())
         self.load = WorkerLoad(self.record.runtime.dp_size)
         page_size, owner = self.record.runtime.page_size, cache_owner(self.role, self.instance_id)

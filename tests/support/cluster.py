@@ -127,6 +127,8 @@ class FakeCluster:
         if built:
             host.engine_built(simulator or engine)
         await eventually(lambda: listening.is_set() or worker.task.done(), what="listening")
+        if not listening.is_set():
+            worker.task.result()  # why it ended, where it is an error
         return worker
 
     async def start_pair(self) -> tuple[HostedWorker, HostedWorker]:
