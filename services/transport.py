@@ -115,7 +115,7 @@ def make_channel(
     target: str, *, tls: TlsConfig | None = None, options: Sequence[tuple[str, Any]] = ()
 ) -> grpc.aio.Channel:
     """A channel to `target` (host:port, or any gRPC target). It connects when it is first used."""
-    merged = [*_CHANNEL_OPTIONS, *options]
+    merged = list({**dict(_CHANNEL_OPTIONS), **dict(options)}.items())
     if tls is None:
         return grpc.aio.insecure_channel(target, options=merged)
     return grpc.aio.secure_channel(target, tls.channel_credentials(), options=merged)

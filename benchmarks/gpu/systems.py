@@ -61,10 +61,13 @@ class Workers:
         prefilling = asyncio.create_task(
             self._prefill.generate(token_ids=prompt.token_ids, sampling=sampling, bootstrap=room)
         )
-        async for chunk in self._decode.stream(token_ids=prompt.token_ids, sampling=sampling, bootstrap=room):
-            if chunk.token_ids:
-                yield list(chunk.token_ids)
-        await prefilling
+        try:
+            async for chunk in self._decode.stream(token_ids=prompt.token_ids, sampling=sampling, bootstrap=room):
+                if chunk.token_ids:
+                    yield list(chunk.token_ids)
+            await prefilling
+        finally:
+            prefilling.cancel()
 
 
 def _greedy(prompt: Prompt) -> SamplingParams:

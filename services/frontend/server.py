@@ -296,7 +296,7 @@ def _grpc_options(config: FrontendConfig, *, reuse_port: bool) -> list[tuple[str
         # gRPC adds or takes a tenth by chance. The grace without end lets every stream finish, which has deadlines of
         # its own.
         options += [
-            ("grpc.max_connection_age_ms", max(1, int(age * 1000))),
+            ("grpc.max_connection_age_ms", max(1, int(min(age * 1000, _NO_LIMIT)))),
             ("grpc.max_connection_age_grace_ms", _NO_LIMIT),
         ]
     return options

@@ -141,7 +141,10 @@ def watch_registry(age: Callable[[], float | None]) -> None:
 
     def seconds() -> float:
         known = age()
-        return math.nan if known is None else known
+        if known is None:
+            # Of several processes the oldest view counts, and NaN compares with nothing.
+            return -math.inf if shared() else math.nan
+        return known
 
     if shared():
         refresh(REGISTRY_AGE_SECONDS, seconds, asyncio.get_running_loop())

@@ -23,7 +23,8 @@ from prometheus_client.registry import Collector
 
 # prometheus_client's own. Not what tells whether we share: SGLang sets it in workers, which don't.
 _FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-# In files nothing can be removed. The lowest of several processes' values counts, so this one never does.
+# In files nothing can be removed. The lowest of several processes' values counts, so this one never does; where the
+# highest counts, -inf is a value that isn't known.
 _REMOVED = math.inf
 # Folder and number of this process, once it shares.
 _sharing: list[tuple[Path, int]] = []
@@ -94,7 +95,7 @@ class _SharedPage(Collector):
     def collect(self) -> Iterator[Metric]:
         for family in self._read():
             if family.type == "gauge":
-                family.samples = [sample for sample in family.samples if sample.value != _REMOVED]
+                family.samples = [sample for sample in family.samples if not math.isinf(sample.value)]
             yield family
         yield from self._processes()
 

@@ -34,7 +34,6 @@ from kvbaton.v1 import (
     session_pb2_grpc,
     worker_pb2,
 )
-from services import heap
 from services.config.worker import WorkerConfig
 from services.grpc_health import SERVICE_NAME as GRPC_HEALTH_NAME
 from services.http_server import HttpServer
@@ -98,13 +97,16 @@ class WorkerHost(EngineHost):
         config: WorkerConfig,
         make_contract: Callable[[Role, EtcdClient, str], RoleContract],
         model_path: Callable[[], tuple[Path, worker_pb2.ModelIdentity]],
+        *,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """`model_path` gives the model's folder and identity once the engine is built.
+        """`model_path` gives the model's folder and identity once the engine is built; `ready` is told when all works.
 
         Raises AdvertiseError, and ValueError for names, files and payloads that can't be used.
         """
         super().__init__(config, SERVICE_NAMES)
         self._model_path = model_path
+        self._ready = ready
         self._bootstrap_host = bootstrap_host(
             advertised=self._host,
             dist_init_addr=config.dist_init_addr,
@@ -179,7 +181,7 @@ class WorkerHost(EngineHost):
                 self._core.attach(loaded, window=window)
                 await self._probe_own_socket(grpc_port)
                 await self._contract.check_ready(loaded.record)
-                heap.settle()
+                self._ready()
         except TimeoutError as error:
             raise BringUpError(f"no answer within --warmup-timeout {self._config.warmup_timeout:g} s") from error
         except Exception as error:

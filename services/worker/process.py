@@ -21,6 +21,7 @@ import structlog
 import uvloop
 
 from kvbaton.v1 import worker_pb2
+from services import heap
 from services.config.errors import ConfigError
 from services.config.report import Setting, for_log
 from services.config.worker import WorkerConfig
@@ -131,7 +132,7 @@ class _Process:
         if self._config.node_rank:
             host = FollowerHost(self._config)
         else:
-            host = WorkerHost(self._config, contract_of, self._model)
+            host = WorkerHost(self._config, contract_of, self._model, ready=heap.settle)
         return await host.run(lambda: self._listening.set_result(host))
 
     def _wait_for_signal(self, host: _Host) -> None:

@@ -27,7 +27,7 @@ SLACK = 3.0
 # Long enough to be in the middle of an answer when a worker drains.
 DECODE = "decode_step=0.02"
 # Seconds of tokens: the frontend is told to stop long before it ends.
-LONG_ANSWER = 150
+LONG_ANSWER = 500
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -91,6 +91,7 @@ async def test_a_frontend_drains_without_a_failed_request(cluster: Processes, cl
         accepted = [asyncio.create_task(ask(client, prompt_tokens=40, tokens=LONG_ANSWER)) for _ in range(CLIENTS)]
         await eventually(all_live, what="all accepted")
         async with load(other):
+            assert not any(each.done() for each in accepted), "the drain has something to wait for"
             assert await asyncio.to_thread(cluster.terminate, "frontend") == 0
             await asyncio.gather(*accepted)
         with pytest.raises(RequestError) as caught:

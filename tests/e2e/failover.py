@@ -10,7 +10,7 @@ from kvbaton.client import Answer, Client, SamplingParams
 from tests.support.processes import Processes
 from tests.support.waiting import eventually
 
-TOKENS = 32
+TOKENS = 96
 FIRST_PART = 12
 # What a client has when the worker is killed.
 AMID = 8
@@ -43,6 +43,7 @@ async def fail_over(processes: Processes, client: Client, prompt: list[int], doo
                 await eventually(lambda answer=answer: answer.token_ids, within=60)
         every = [answer for answers in moved.values() for answer in answers]
         await eventually(lambda: all(len(answer.token_ids) >= AMID for answer in every), within=60)
+        assert not any(len(answer.token_ids) == TOKENS for answer in every), "an answer was complete before the kill"
         await asyncio.to_thread(processes.kill, doomed)
     return Failover(whole, {kind: begun[kind] + rest[kind] for kind in SAMPLING}, moved)
 

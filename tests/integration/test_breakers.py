@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -70,14 +70,19 @@ async def answered(cluster: FakeCluster) -> None:
     assert answer.token_ids == expected_tokens(PROMPT, 8)
 
 
+async def answered_until(cluster: FakeCluster, condition: Callable[[], object]) -> None:
+    """Answered requests, one after the other."""
+    for _ in range(MANY):
+        if condition():
+            return
+        await answered(cluster)
+    raise AssertionError(f"not within {MANY} requests")
+
+
 async def until_opened(cluster: FakeCluster, worker: HostedWorker) -> None:
     """Answered requests until its breaker opens; a probe may have closed it again by then."""
     breaker = seen(cluster, worker).breaker
-    for _ in range(MANY):
-        if breaker.opened_at:
-            return
-        await answered(cluster)
-    raise AssertionError("its breaker does not open")
+    await answered_until(cluster, lambda: breaker.opened_at)
 
 
 async def failing(cluster: FakeCluster, reason: Reason) -> None:
@@ -190,15 +195,13 @@ async def test_whether_it_can_hand_over_again_shows_no_client(cluster: FakeClust
     await cluster.start_worker(Role.DECODE)
     await cluster.routable(3)
     # Every pair proves itself before it fails.
-    while len(bad.engine.seen) < 2:
-        await answered(cluster)
+    await answered_until(cluster, lambda: len(bad.engine.seen) >= 2)
     bad.engine.behaviour.abort_message = "transfer failed"
     worker = seen(cluster, bad)
     await until_opened(cluster, bad)
     await eventually(lambda: worker.breaker.closed and worker.routable, what="a probe that succeeds")
     tried = len(bad.engine.seen)
-    while len(bad.engine.seen) == tried:
-        await answered(cluster)
+    await answered_until(cluster, lambda: len(bad.engine.seen) > tried)
     assert max(len(request.token_ids) for request in bad.engine.seen[tried:]) > len(PROMPT), "the proof's own page"
 
 
@@ -243,7 +246,10 @@ async def test_an_embedding_worker_has_one_too(cluster: FakeCluster) -> None:
     bad = await cluster.start_worker(Role.EMBEDDING, Behaviour(embed_fails="ill"))
     await cluster.start_worker(Role.EMBEDDING)
     await cluster.routable(2)
-    while seen(cluster, bad).breaker.closed:
+    for _ in range(MANY):
+        if not seen(cluster, bad).breaker.closed:
+            break
         await cluster.client.embed([PROMPT])
+    assert not seen(cluster, bad).breaker.closed
     await cluster.routable(1)
     await cluster.client.embed([PROMPT])

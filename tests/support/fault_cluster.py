@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import httpx
 
 from kvbaton.client import Client
 from services.registry.local import LocalEtcd
+from tests.support import freezing
 from tests.support.ports import free_port
 from tests.support.processes import Processes, all_routable
 from tests.support.relay import RELAYED_HOST, Relay
@@ -124,20 +124,20 @@ class FaultCluster:
     def freeze(self, name: str) -> None:
         """SIGSTOP."""
         self.frozen.add(name)
-        self.processes.signal(name, signal.SIGSTOP)
+        freezing.freeze(self.processes.processes[name].pid)
 
     def thaw(self, name: str) -> None:
         """SIGCONT."""
-        self.processes.signal(name, signal.SIGCONT)
+        freezing.thaw(self.processes.processes[name].pid)
         self.frozen.discard(name)
 
     def freeze_etcd(self) -> None:
         """SIGSTOP."""
-        os.kill(self.etcd.pid, signal.SIGSTOP)
+        freezing.freeze(self.etcd.pid)
 
     def thaw_etcd(self) -> None:
         """SIGCONT."""
-        os.kill(self.etcd.pid, signal.SIGCONT)
+        freezing.thaw(self.etcd.pid)
 
     async def state(self, name: str) -> dict[str, Any]:
         """What the one rank of a worker holds; its `hold` beside it."""

@@ -8,7 +8,7 @@ import socket
 # Below the range from which connections get theirs: one of those could take a port between its choice and its use.
 _RANGE = range(15_000, 32_000)
 _given: set[int] = set()
-_draw = random.Random()  # noqa: S311, of its own: tests seed the shared one
+_draw = random.Random()
 
 
 def free_port() -> int:

@@ -103,12 +103,12 @@ class Gate:
 
     def replace(self, keys: Iterable[ApiKey]) -> None:
         """From now on these. A name that stays keeps what it has used; requests of one that goes may end."""
-        before = self._callers
-        self._callers = {}
+        before, callers = self._callers, dict[str, Caller]()
         for key in keys:
             caller = before.get(key.name) or Caller(key, self._usage(key.name))
             caller.now_has(key)
-            self._callers[key.name] = caller
+            callers[key.name] = caller
+        self._callers = callers
 
     def identify(self, authorization: bytes | None) -> Caller:
         """Whose key the header holds. Raises RequestError, UNAUTHENTICATED."""

@@ -84,8 +84,8 @@ class KeyFile:
             log.error("api keys not changed: the new file can't be used", error=str(error), keys=len(self._keys))
             return
         before, after = set(names_of(self._keys)), set(names_of(keys))
-        self._keys = keys
         self.gate.replace(keys)
+        self._keys = keys
         log.info("api keys read", keys=len(keys), added=sorted(after - before), removed=sorted(before - after))
 
 

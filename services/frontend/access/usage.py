@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -46,11 +47,23 @@ def own_usage(_: str) -> Usage:
     return Usage([float("-inf")], [0.0], 0)
 
 
+def forget_usage(folder: Path, number: int) -> None:
+    """What ran in a process that has ended runs no more."""
+    for path in _keys_of(folder).glob("*"):
+        with contextlib.suppress(OSError), path.open("r+b") as cells:
+            cells.seek(number * _CELL_BYTES)  # behind `full_at`
+            cells.write(bytes(_CELL_BYTES))
+
+
+def _keys_of(folder: Path) -> Path:
+    return folder / "keys"
+
+
 class SharedUsages:
     """Of the processes numbered 1 to `count` that share `folder`. Their clock must be the machine's (monotonic)."""
 
     def __init__(self, folder: Path, number: int, count: int) -> None:
-        self._folder = folder / "keys"
+        self._folder = _keys_of(folder)
         self._folder.mkdir(exist_ok=True)
         self._number, self._count = number, count
         self._known: dict[str, Usage] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 import structlog
 
 from services.config.frontend import FrontendConfig
-from services.frontend.processes.place import MAX_SOCKET_PATH, Place
+from services.frontend.processes.place import MAX_SOCKET_PATH, Place, lock_folder
 from services.frontend.processes.ports import reserved_port
 from services.frontend.processes.slot import CannotStartError, Slot
 
@@ -30,6 +31,7 @@ def run_processes(config: FrontendConfig, listening: Callable[[FrontendConfig], 
         port = stack.enter_context(reserved_port(config.host, config.port, flag="--port"))
         http_port = stack.enter_context(reserved_port(config.host, config.http_port, flag="--http-port"))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvbaton-frontend-")))
+        stack.callback(os.close, lock_folder(folder))
         config = replace(config, port=port, http_port=http_port)
         places = [Place(number, config.processes, folder) for number in range(1, config.processes + 1)]
         if len(str(places[-1].socket)) > MAX_SOCKET_PATH:

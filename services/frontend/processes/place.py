@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 # sun_path has 108 bytes with the zero at its end.
 MAX_SOCKET_PATH = 107
+
+
+def lock_folder(folder: Path) -> int:
+    """Holds what all processes share until the descriptor is closed: systemd-tmpfiles leaves alone what is locked."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
 
 
 @dataclass(frozen=True, slots=True)

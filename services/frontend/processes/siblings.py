@@ -29,6 +29,8 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 # A frozen process must not hold up an answer for longer.
 CALL_TIMEOUT = 1.0
+# A replaced process is found again at once; to try a socket that nobody has costs nothing.
+_QUICK = (("grpc.min_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 100))
 # Two services because both have an Abort, which costs a key nothing (see `RpcGate`): of requests that live, and of
 # those that may be on their way, too.
 _LIVE, _ANY = "kvbaton.internal.LiveRequests", "kvbaton.internal.Requests"
@@ -60,7 +62,7 @@ class Siblings:
             await self._server.start()
             stack.push_async_callback(self._server.stop, 0)
             for path in self.place.others:
-                self._channels.append(await stack.enter_async_context(make_channel(f"unix:{path}")))
+                self._channels.append(await stack.enter_async_context(make_channel(f"unix:{path}", options=_QUICK)))
             self._stack = stack.pop_all()
         return self
 

@@ -15,6 +15,7 @@ import structlog
 
 from services.child_process import describe_exit, dying_with_parent
 from services.config.frontend import FrontendConfig
+from services.frontend.access.usage import forget_usage
 from services.frontend.processes.place import Place
 from services.frontend.processes.report import read_report
 from services.registry.backoff import Backoff
@@ -49,18 +50,24 @@ class Slot:
     async def keep(self) -> bool:
         """Returns when its process has ended after `stop`: whether that was by itself, in good order.
 
-        Raises CannotStartError if it never listened; OSError if nothing can be started.
+        Raises CannotStartError if it never listened.
         """
         backoff = Backoff(_FIRST_BACKOFF, _LONGEST_BACKOFF)
         has_listened = False
         while not self._stopping.is_set():
             began = time.monotonic()
-            status = await self._live()
+            status: int | None = None
+            try:
+                status = await self._live()
+            except OSError as error:  # no memory or no process left, for now
+                if not has_listened:
+                    raise CannotStartError(f"process {self._place.number}: {error}") from error
+                self._error = str(error)
             # Also of one that was told to stop before it could listen to signals.
             if self._stopping.is_set():
-                return status in (0, -signal.SIGTERM)
+                return status in (None, 0, -signal.SIGTERM)
             has_listened = has_listened or self.listening.is_set()
-            cause = self._error or describe_exit(status)
+            cause = self._error or describe_exit(status or 0)
             if not has_listened:
                 raise CannotStartError(self._error or f"process {self._place.number} {cause}")
             self.listening.clear()
@@ -87,7 +94,7 @@ class Slot:
     async def _live(self) -> int:
         """One process from its start to its end; its exit status."""
         place = self._place
-        command = (sys.executable, "-m", "services.frontend.processes.child")
+        command = (sys.executable, "-P", "-m", "services.frontend.processes.child")
         arguments = (str(place.number), str(place.count), str(place.folder))
         self._error = ""
         # In a session of its own: a Ctrl-C in the terminal is for the parent, which passes it on.
@@ -104,6 +111,7 @@ class Slot:
                 process.kill()
                 await process.wait()
             forget_process(place.folder, place.number)
+            forget_usage(place.folder, place.number)
 
     async def _hear(self, process: Process) -> None:
         assert process.stdin is not None

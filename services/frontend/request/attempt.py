@@ -84,7 +84,7 @@ class Attempt:
     async def close(
         self, *, answered: bool, error: RequestError | None = None, fault: RequestError | None = None
     ) -> None:
-        """Ends what still runs, prefill first. `error` is why, for the trace; `fault` is what the attempt itself failed by.
+        """Ends what still runs, prefill first. `error` is why, for the trace; `fault` is the attempt's own failure.
 
         NIXL writes are one-sided: while the prefill leg lives it may write into decode's pages, so decode must not let
         go of them (and give them to another request) before prefill has ended or can't be reached any more. After a
