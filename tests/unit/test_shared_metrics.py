@@ -150,6 +150,17 @@ def test_a_removed_label_is_gone_once_all_have_removed_it(sharing: Sharing) -> N
     assert sharing.page()[exact] == 0
 
 
+def test_the_age_of_the_registry_view_is_the_oldest_that_is_known(sharing: Sharing) -> None:
+    age = ("kvbaton_registry_age_seconds", "{}")
+    watch = "import asyncio\nasync def watch(): metrics.watch_registry(lambda: {})\nasyncio.run(watch())"
+    sharing.start(1, watch.format(None))
+    assert age not in sharing.page()
+    sharing.start(2, watch.format(500))
+    assert sharing.page()[age] == 500
+    sharing.start(1, watch.format(7))
+    assert sharing.page()[age] == 500
+
+
 def test_each_process_has_its_own_line_of_what_it_uses(sharing: Sharing) -> None:
     sharing.start(1, "")
     sharing.start(2, "")

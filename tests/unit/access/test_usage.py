@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from services.frontend.access.rates import RequestRate
-from services.frontend.access.usage import SharedUsages
+from services.frontend.access.usage import SharedUsages, forget_usage
 
 
 def test_what_runs_in_one_process_counts_in_the_other(tmp_path: Path) -> None:
@@ -23,6 +23,15 @@ def test_a_process_that_takes_anothers_place_runs_nothing_yet(tmp_path: Path) ->
     one.add(3)
     two.add(1)
     assert SharedUsages(tmp_path, 2, 2)("a").running == 3
+
+
+def test_what_ran_in_a_process_that_has_ended_does_not_wait_for_its_successor(tmp_path: Path) -> None:
+    one, two = SharedUsages(tmp_path, 1, 2)("a"), SharedUsages(tmp_path, 2, 2)("a")
+    one.add(3)
+    two.add(1)
+    forget_usage(tmp_path, 1)
+    assert two.running == 1
+    forget_usage(tmp_path / "nobody's", 1)
 
 
 def test_a_key_that_comes_back_still_has_what_runs(tmp_path: Path) -> None:
