@@ -145,9 +145,12 @@ async def come_again(client: Client) -> None:
 @pytest.mark.peers(2)
 @pytest.mark.parametrize("name", ["prefill0", "decode0"])
 async def test_after_a_replacement_at_the_same_address_the_next_request_works(processes: Processes, name: str) -> None:
-    """The only pair. As SGLang's, decode takes a new prefill for the old one until its heartbeat fails."""
+    """The only pair. As SGLang's, decode takes a new prefill for the old one until its heartbeat has failed.
+
+    So an engine's start must outlast a few heartbeats, as SGLang's does by far.
+    """
     processes.frontend("--ready-queue-timeout", "120", "--queue-timeout", "120")
-    processes.worker("prefill0", "prefill")
+    processes.worker("prefill0", "prefill", sim="start_seconds=5")
     processes.worker("decode0", "decode", sim="heartbeat_interval=0.5,heartbeat_timeout=0.5")
     async with Client(processes.target, timeout=120) as client:
         await all_routable(client, 2)
