@@ -17,6 +17,7 @@ from kvbaton.v1 import bootstrap_pb2, bootstrap_pb2_grpc, model_pb2, model_pb2_g
 from services.registry.etcd import EtcdClient
 from services.registry.lookup import list_workers
 from services.requests import Role
+from services.transport import PortTakenError
 from tests.support.cluster import FakeCluster
 from tests.support.fake_engine import Behaviour, expected_tokens
 from tests.support.ports import free_port
@@ -271,9 +272,7 @@ async def test_the_tokenizer_arrives_whole(cluster: FakeCluster, model_folder: o
 
 async def test_a_taken_port_is_an_error_that_names_the_flag(cluster: FakeCluster) -> None:
     first = await cluster.start_worker(Role.AGGREGATED)
-    second = await cluster.start_worker(Role.AGGREGATED, port=first.config.port)
-    with pytest.raises(Exception, match="--port"):
-        await second.task
-    third = await cluster.start_worker(Role.AGGREGATED, system_port=first.config.system_port)
-    with pytest.raises(Exception, match="--system-port"):
-        await third.task
+    with pytest.raises(PortTakenError, match="--port"):
+        await cluster.start_worker(Role.AGGREGATED, port=first.config.port)
+    with pytest.raises(PortTakenError, match="--system-port"):
+        await cluster.start_worker(Role.AGGREGATED, system_port=first.config.system_port)
