@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Header
 
@@ -30,21 +30,19 @@ class WorkerHints:
         return work
 
 
+def _instance_id(field: str, description: str) -> Any:
+    """The header that stands for this field of a request."""
+    return Header(alias=HEADER_OF[field], pattern=f"^({LABEL.pattern})$", description=description)
+
+
 def _worker_hints(
     prefill: Annotated[
-        str,
-        Header(
-            alias=HEADER_OF["prefill_worker"],
-            pattern=f"^({LABEL.pattern})$",
-            description="Instance id of the prefill worker that must run the request.",
-        ),
+        str, _instance_id("prefill_worker", "Instance id of the prefill worker that must run the request.")
     ] = "",
     decode: Annotated[
         str,
-        Header(
-            alias=HEADER_OF["decode_worker"],
-            pattern=f"^({LABEL.pattern})$",
-            description="Instance id of the decode worker, or the aggregated one, that must run the request.",
+        _instance_id(
+            "decode_worker", "Instance id of the decode worker, or the aggregated one, that must run the request."
         ),
     ] = "",
 ) -> WorkerHints:
