@@ -90,6 +90,7 @@ class Cell:
     phase: Phase
     fault: Fault
     occupants: list[Subject] = field(default_factory=list[Subject])
+    injected: bool = False
     prefill: str = "prefill0"
     decode: str = "decode0"
 
@@ -171,6 +172,7 @@ class Cell:
 
     async def inject(self, subject: Subject) -> float:
         """The fault; when it began, on the monotonic clock."""
+        self.injected = True
         if self.fault is Fault.DEADLINE:
             return DEADLINE + (subject.last_token_at if self.phase is Phase.DECODING else subject.sent_at)
         began = time.monotonic()
@@ -211,10 +213,11 @@ class Repair:
         self._done_at: float | None = None
 
     async def now(self) -> float:
-        """Does it, unless it is done; when that was, on the monotonic clock."""
+        """Does it, if there is a fault and unless it is done; when that was, on the monotonic clock."""
         if self._done_at is None:
             self._done_at = time.monotonic()
-            await repair(self._cell.fault, self._cell.target)
+            if self._cell.injected:
+                await repair(self._cell.fault, self._cell.target)
         return self._done_at
 
 
@@ -229,8 +232,8 @@ async def test_the_request_ends_as_promised_and_nobody_else_notices(
     promise = cell.promise
     slot_free = None
     async with cell.others():
-        subject = await cell.enter_phase()
         async with cell.repaired() as repair:
+            subject = await cell.enter_phase()
             began_at, began = time.time(), await cell.inject(subject)
             if promise is UNTOUCHED:
                 await asyncio.sleep(UNDISTURBED_FOR)

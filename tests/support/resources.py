@@ -60,11 +60,13 @@ def open_files(pid: int) -> int:
 
 
 async def gauges(endpoint: str) -> dict[str, float]:
-    """Every sample of a process's /metrics by its name, summed over its labels."""
+    """Every sample of a process's /metrics by its name, summed over its labels; 0 of a metric without any yet."""
     async with httpx.AsyncClient() as http:
         text = (await http.get(f"http://{endpoint}/metrics", timeout=10.0)).raise_for_status().text
     sums: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
+        if not family.samples:
+            sums[family.name + "_total" * (family.type == "counter")] = 0.0
         for sample in family.samples:
             sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
     return sums
