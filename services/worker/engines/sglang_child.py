@@ -17,6 +17,7 @@ from typing import Any
 
 from services.worker.engines import sglang_grammar as grammars
 from services.worker.engines.grammar_trials import TrialServer, trial_socket
+from services.worker.engines.sglang_writers import release_pages_of_dead_writers
 
 # SGLang's progress thread for NIXL spins a whole core with its default of 0.
 _NIXL_PROGRESS_DELAY_US = 1000
@@ -29,8 +30,11 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
     """SGLang's `run_scheduler_process` with the changes of this module, some of them on a CPU alone."""
     die_with_parent()
     scheduler: Any = import_module("sglang.srt.managers.scheduler")
+    server_args: Any = args[0] if args else kwargs["server_args"]
     grammars.build_from_models_tokenizer()
-    try_grammars_out(args[0] if args else kwargs["server_args"])
+    try_grammars_out(server_args)
+    if server_args.disaggregation_mode == "decode":
+        release_pages_of_dead_writers()
     count_min_new_tokens_without_tokenizer()
     draw_alike_in_every_batch()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
