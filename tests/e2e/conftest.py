@@ -1,6 +1,6 @@
 """The real thing, once per session: SGLang aggregated, then embedding, then two prefill workers and a decode worker
-behind the kv-aware policy, one of which makes room for a second decode worker, then a prefill and a decode worker with
-NIXL between them.
+behind the kv-aware policy, one of which makes room for a second decode worker before workers are killed, then a prefill
+and a decode worker with NIXL between them.
 
 The aggregated worker answers what the pair is compared with, the embedding worker embeds the same prompts, and all are
 gone before the pair starts: two engines at a time is what two cores carry, three where most of them idle.
@@ -19,7 +19,6 @@ import grpc.aio
 import httpx
 import pytest
 import pytest_asyncio
-from prometheus_client.parser import text_string_to_metric_families
 
 from kvbaton.client import Client, Embeddings, SamplingParams
 from kvbaton.errors import RequestError
@@ -28,8 +27,10 @@ from services.models.resolve import resolve_model_path
 from services.tools.cluster import LocalCluster
 from services.tools.options import ClusterOptions
 from tests.e2e.failover import Failover, fail_over
+from tests.e2e.lost_prefill import CHUNK, LostPrefill, ask_undisturbed, lose_prefill
 from tests.e2e.reference import NEW_TOKENS, PROMPT_LENGTHS, Reference, make_prompts
 from tests.e2e.sampling_cases import Given, ask_all_cases
+from tests.e2e.telemetry import nixl_telemetry, sample
 from tests.support.etcd import etcd_endpoint
 from tests.support.kv_view import KvView
 from tests.support.ports import free_port
@@ -41,6 +42,8 @@ __all__ = ["etcd_endpoint"]
 # Small chunks, so that the longer prompts are prefilled in several.
 NATIVE_ARGS = ("--chunked-prefill-size", "128")
 AT_ONCE = 6
+# Tokens. SGLang sets 512 aside for each request that runs.
+SMALL_POOL = 4096
 TEXTS = ("The capital of France is Paris.", "Paris is the capital of France.", "Rust never sleeps: 橋は閉鎖された。 🐶")
 
 
@@ -184,52 +187,73 @@ async def embedded(
     )
 
 
+@dataclass(frozen=True)
+class Failures:
+    """Of one cluster: routed by prefix, then with a decode worker killed, then the prefill worker."""
+
+    routed: Routed
+    failover: Failover
+    lost_prefill: LostPrefill
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def routed_and_failed_over(
+async def failures(
     etcd_endpoint: str, model_path: Path, prompts: dict[int, list[int]], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Routed, Failover]:
+) -> Failures:
     processes = Processes(etcd_endpoint, tmp_path_factory.mktemp("routing"))
     prefix = prompts[900]
+    nixl_port = free_port()
     try:
-        processes.frontend("--prefill-policy", "kv-aware", "--kv-aware-temperature", "0")
-        for name, command in (("prefill-0", "prefill"), ("prefill-1", "prefill"), ("decode", "decode")):
-            processes.worker(name, command, "--instance-id", name, sglang=model_path)
-        async with Client(processes.target, timeout=180.0) as client, httpx.AsyncClient() as http:
+        # Requests wait for the workers that are started again.
+        patience = ("--ready-queue-timeout", "240", "--queue-timeout", "240")
+        processes.frontend("--prefill-policy", "kv-aware", "--kv-aware-temperature", "0", *patience)
+        for name, command, *flags in (
+            ("prefill-0", "prefill", "--chunked-prefill-size", str(CHUNK)),
+            ("prefill-1", "prefill"),
+            ("decode", "decode"),
+        ):
+            environment = nixl_telemetry(nixl_port) if name == "prefill-0" else {}
+            processes.worker(name, command, "--instance-id", name, *flags, sglang=model_path, environment=environment)
+        async with Client(processes.target, timeout=180.0) as client:
             await all_routable(client, 3, within=400)
-
-            async def known_pages() -> float:
-                page = await http.get(f"http://127.0.0.1:{processes.http_port}/metrics")
-                families = {family.name: family for family in text_string_to_metric_families(page.text)}
-                return families["kvbaton_kv_index_pages"].samples[0].value
+            metrics = f"http://127.0.0.1:{processes.http_port}/metrics"
 
             async def prefix_is_known() -> bool:
-                return await known_pages() >= len(prefix) // 16
+                return await sample(metrics, "kvbaton_kv_index_pages") >= len(prefix) // 16
 
             first = await ended(processes.target, [*prefix, 1])
             await eventually(prefix_is_known, within=30, what="the prefix in the index")
             later = [await ended(processes.target, [*prefix, 2, number]) for number in range(4)]
             (other,) = {"prefill-0", "prefill-1"} - {first.prefill_worker}
             elsewhere = await ended(processes.target, [*prefix, 3], prefill_worker=other)
+            undisturbed = await ask_undisturbed(client, prefill="prefill-1")
             # From here on a prefill and two decode workers.
             processes.signal("prefill-1", signal.SIGTERM)
             await asyncio.to_thread(processes.processes["prefill-1"].wait, 120)
             await all_routable(client, 2)
-            processes.worker("decode-1", "decode", sglang=model_path)
+            processes.worker("decode-1", "decode", "--max-total-tokens", str(SMALL_POOL), sglang=model_path)
             await all_routable(client, 3, within=400)
             failover = await fail_over(processes, client, prompts[33], doomed="decode")
+            telemetry = f"http://127.0.0.1:{nixl_port}/metrics"
+            lost_prefill = await lose_prefill(processes, client, "prefill-0", "decode-1", telemetry, undisturbed)
     finally:
         await asyncio.to_thread(processes.stop)
-    return Routed(first, later, elsewhere), failover
+    return Failures(Routed(first, later, elsewhere), failover, lost_prefill)
 
 
 @pytest.fixture(scope="session")
-def routed(routed_and_failed_over: tuple[Routed, Failover]) -> Routed:
-    return routed_and_failed_over[0]
+def routed(failures: Failures) -> Routed:
+    return failures.routed
 
 
 @pytest.fixture(scope="session")
-def failover(routed_and_failed_over: tuple[Routed, Failover]) -> Failover:
-    return routed_and_failed_over[1]
+def failover(failures: Failures) -> Failover:
+    return failures.failover
+
+
+@pytest.fixture(scope="session")
+def lost_prefill(failures: Failures) -> LostPrefill:
+    return failures.lost_prefill
 
 
 async def ended(target: str, token_ids: list[int], *, prefill_worker: str = "") -> generate_pb2.Finished:
@@ -252,12 +276,6 @@ async def pair(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Pair]:
     nixl_port = free_port()
-    telemetry = {
-        "NIXL_TELEMETRY_ENABLE": "y",
-        "NIXL_TELEMETRY_EXPORTER": "prometheus",
-        "NIXL_TELEMETRY_PROMETHEUS_LOCAL": "y",
-        "NIXL_TELEMETRY_PROMETHEUS_PORT": str(nixl_port),
-    }
     options = ClusterOptions(
         mode="disagg",
         device="cpu",
@@ -265,7 +283,7 @@ async def pair(
         http_port=0,
         state_dir=tmp_path_factory.mktemp("disagg"),
         native_args=NATIVE_ARGS,
-        env={"prefill": telemetry},
+        env={"prefill": nixl_telemetry(nixl_port)},
     )
     cluster = LocalCluster(options)
     async with cluster:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from kvbaton.client import SamplingParams
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc
 from tests.e2e.conftest import Pair
+from tests.e2e.telemetry import sample, settled
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
@@ -42,18 +41,6 @@ def messages(output: str) -> list[dict[str, Any]]:
         found.append(message)
         rest = rest[end:].lstrip()
     return found
-
-
-async def sample(url: str, name: str, **labels: str) -> float:
-    """The sum of a Prometheus metric's samples with these labels."""
-    async with httpx.AsyncClient(timeout=10) as http:
-        text = (await http.get(url)).text
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    )
 
 
 async def test_grpcurl_lists_and_generates(pair: Pair) -> None:
@@ -148,16 +135,6 @@ async def test_a_live_request_id_is_refused(pair: Pair) -> None:
             await client.generate(text="x", sampling=sampling, request_id="twice")
         assert (caught.value.code, caught.value.field) == (grpc.StatusCode.ALREADY_EXISTS, "request_id")
         await stream.aclose()  # type: ignore[attr-defined]
-
-
-async def settled(url: str, name: str) -> float:
-    """The metric once it has not changed for a second: NIXL publishes what earlier requests moved with a delay."""
-    value = await sample(url, name)
-    while True:
-        await asyncio.sleep(1.0)
-        previous, value = value, await sample(url, name)
-        if value == previous:
-            return value
 
 
 @pytest.mark.parametrize("length", [40, 320])

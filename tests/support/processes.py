@@ -35,6 +35,7 @@ class Processes:
         self._logs = logs
         self._commands: dict[str, list[str]] = {}
         self._environment = dict(environment or {})
+        self._own_environments: dict[str, dict[str, str]] = {}
 
     @property
     def grpc_port(self) -> int:
@@ -87,8 +88,19 @@ class Processes:
         assert self.processes[name].poll() is not None, f"{name} still runs"
         self._launch(name)
 
-    def worker(self, name: str, *arguments: str, sim: str = "", sglang: Path | None = None) -> None:
-        """A worker with a simulated engine, or with SGLang on the CPU for the model in that folder."""
+    def worker(
+        self,
+        name: str,
+        *arguments: str,
+        sim: str = "",
+        sglang: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """A worker with a simulated engine, or with SGLang on the CPU for the model in that folder.
+
+        `environment` is its own, beside that of all.
+        """
+        self._own_environments[name] = dict(environment or {})
         system_port = free_port()
         self.system_endpoints[name] = f"127.0.0.1:{system_port}"
         grpc_port = free_port()
@@ -112,7 +124,7 @@ class Processes:
             self.processes[name] = subprocess.Popen(
                 self._commands[name],
                 cwd=ROOT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | self._environment,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | self._environment | self._own_environments.get(name, {}),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
