@@ -162,6 +162,12 @@ class FaultCluster:
             *(all_routable(client, len(self.workers), within=within) for client in self.clients.values())
         )
 
+    async def routable(self) -> set[str]:
+        """The workers that the first frontend can route to now."""
+        status = await self.clients["frontend"].status()
+        endpoints = {worker.record.grpc_endpoint.rpartition(":")[2] for worker in status.workers if worker.routable}
+        return {name for name in self.workers if self.processes.grpc_endpoints[name].rpartition(":")[2] in endpoints}
+
     async def at_rest(self, *, within: float = 45.0) -> None:
         """Waits until no engine has a request or a page for one."""
 
