@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
-import subprocess
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
@@ -22,8 +20,9 @@ from kvbaton.client import Client
 from kvbaton.errors import RequestError
 from kvbaton.v1 import health_pb2
 from services.registry.etcd import EtcdClient, EtcdError
-from services.registry.local import LocalEtcd, find_binary
+from services.registry.local import LocalEtcd
 from services.registry.lookup import list_workers
+from tests.support.etcd import etcdctl
 from tests.support.etcd_cluster import EtcdCluster
 from tests.support.freezing import freeze, thaw
 from tests.support.ports import free_port
@@ -112,6 +111,19 @@ class Cluster:
         moves = re.findall(r"registry_regained +endpoint=(\S+)", self.processes.log("frontend"))
         return moves[-1] if moves else self._endpoints[0]
 
+    async def moved_from(self, endpoint: str) -> None:
+        """Waits until the frontend follows another member."""
+        await eventually(
+            lambda: self.followed_endpoint() != endpoint,
+            within=SETTLED_WITHIN,
+            what=f"the frontend goes from {endpoint} to another member",
+        )
+
+    def told_once(self) -> bool:
+        """Whether the frontend has a line for each loss of etcd and each return, in turn, and has it now."""
+        changes = self.changes()
+        return changes == ["registry_lost", "registry_regained"] * (len(changes) // 2)
+
     def changes(self, name: str = "frontend") -> list[str]:
         """The log lines of one process about etcd, in order."""
         return re.findall(
@@ -140,13 +152,6 @@ async def etcd(tmp_path: Path) -> AsyncIterator[LocalEtcd]:
 async def cluster(etcd: LocalEtcd, tmp_path: Path) -> AsyncIterator[Cluster]:
     async with around(etcd.endpoint, tmp_path) as cluster:
         yield cluster
-
-
-async def etcdctl(etcd: LocalEtcd, *arguments: str) -> str:
-    command = [str(find_binary("etcdctl")), f"--endpoints={etcd.endpoint}", *arguments]
-    environment = os.environ | {"ETCDCTL_API": "3"}
-    done = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, text=True, env=environment)
-    return done.stdout
 
 
 @pytest.mark.peers(5)
@@ -193,8 +198,8 @@ async def test_killed_and_restarted(cluster: Cluster, etcd: LocalEtcd, tmp_path:
 async def test_every_lease_revoked(cluster: Cluster, etcd: LocalEtcd) -> None:
     """The frontend hears of it before any worker does, and goes on with all of them."""
     async with steady(cluster.client, PER_SECOND):
-        for lease in (await etcdctl(etcd, "lease", "list")).split()[3:]:
-            await etcdctl(etcd, "lease", "revoke", lease)
+        for lease in (await etcdctl(etcd.endpoint, "lease", "list")).split()[3:]:
+            await etcdctl(etcd.endpoint, "lease", "revoke", lease)
         await eventually(
             lambda: cluster.processes.log("frontend").count("worker unregistered") == len(STAYING) + 1,
             what="the frontend has seen every record go",
@@ -207,13 +212,13 @@ async def test_every_lease_revoked(cluster: Cluster, etcd: LocalEtcd) -> None:
 async def test_compacted_while_workers_come_and_go(cluster: Cluster, etcd: LocalEtcd) -> None:
     async def compact() -> None:
         async with EtcdClient([etcd.endpoint]) as client:
-            await etcdctl(etcd, "compaction", str((await client.status()).revision))
+            await etcdctl(etcd.endpoint, "compaction", str((await client.status()).revision))
 
     async with steady(cluster.client, PER_SECOND):
         await compact()
         await cluster.kill_one_and_start_one()
         await compact()
-        await etcdctl(etcd, "defrag")
+        await etcdctl(etcd.endpoint, "defrag")
         await cluster.settled(*STAYING, LATE)
 
 
@@ -221,14 +226,35 @@ async def test_compacted_while_workers_come_and_go(cluster: Cluster, etcd: Local
 async def test_of_three_members_the_one_that_the_frontend_follows_is_killed(tmp_path: Path) -> None:
     async with EtcdCluster(tmp_path) as members, around(members.endpoints, tmp_path) as cluster:
         async with steady(cluster.client, PER_SECOND):
-            for death in range(1, DEATHS + 1):
-                number = members.members.index(cluster.followed_endpoint())
+            for death in range(DEATHS):
+                followed = cluster.followed_endpoint()
+                number = members.members.index(followed)
                 await members.kill(number)
-                if death == 1:
+                if not death:
                     await cluster.kill_one_and_start_one()
-                await eventually(lambda death=death: cluster.changes().count("registry_lost") == death)
+                await cluster.moved_from(followed)
                 # Two of three are enough.
                 await cluster.settled(*STAYING, LATE)
                 members.start(number)
-                await members.ready(members.members[number])
-        assert cluster.changes() == ["registry_lost", "registry_regained"] * DEATHS
+                await members.ready(followed)
+        assert cluster.told_once()
+
+
+@pytest.mark.peers(5)
+async def test_of_three_members_the_one_that_leads_and_that_all_are_connected_to_is_frozen(tmp_path: Path) -> None:
+    async with EtcdCluster(tmp_path) as members, around(members.endpoints, tmp_path) as cluster:
+        followed = cluster.followed_endpoint()
+        number = members.members.index(followed)
+        await members.make_leader(number)
+        async with steady(cluster.client, PER_SECOND):
+            members.freeze(number)
+            thawing = asyncio.get_running_loop().time() + 3 * LEASE
+            await cluster.kill_one_and_start_one()
+            await cluster.moved_from(followed)
+            # Two of three are enough.
+            await cluster.settled(*STAYING, LATE)
+            await asyncio.sleep(max(0.0, thawing - asyncio.get_running_loop().time()))
+            members.thaw(number)
+            await members.ready(followed)
+            await cluster.settled(*STAYING, LATE)
+        assert cluster.told_once()

@@ -1,14 +1,16 @@
-"""A real etcd, one for a test session; a folder's conftest imports the fixture."""
+"""A real etcd, one for a test session (a folder's conftest imports the fixture), and its command line."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from services.registry.local import LocalEtcd
+from services.registry.local import LocalEtcd, find_binary
 from tests.support.ports import free_port
 
 
@@ -30,3 +32,11 @@ def etcd_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield endpoints[0]
     stop.set()
     thread.join(20)
+
+
+async def etcdctl(endpoints: str, *arguments: str) -> str:
+    """What it prints; CalledProcessError where it fails. `endpoints` are separated by commas."""
+    command = [str(find_binary("etcdctl")), f"--endpoints={endpoints}", *arguments]
+    environment = os.environ | {"ETCDCTL_API": "3"}
+    done = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, text=True, env=environment)
+    return done.stdout

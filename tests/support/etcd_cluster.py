@@ -1,9 +1,10 @@
-"""Three etcd members on the loopback address, each of which may be killed and started again."""
+"""Three etcd members on the loopback address, each of which may be killed and started again, or frozen."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,8 @@ from typing import Self
 
 from services.registry.etcd import EtcdClient, EtcdError
 from services.registry.local import find_binary
+from tests.support import freezing
+from tests.support.etcd import etcdctl
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
@@ -87,6 +90,30 @@ class EtcdCluster:
         process = self._processes.pop(number)
         process.kill()
         await asyncio.to_thread(process.wait, 10)
+
+    def freeze(self, number: int) -> None:
+        """SIGSTOP."""
+        freezing.freeze(self._processes[number].pid)
+
+    def thaw(self, number: int) -> None:
+        """SIGCONT."""
+        freezing.thaw(self._processes[number].pid)
+
+    async def make_leader(self, number: int) -> None:
+        """While all of them run; returns when they know."""
+
+        async def leads() -> bool:
+            answers = json.loads(await etcdctl(self.endpoints, "endpoint", "status", "--write-out=json"))
+            ids = {answer["Endpoint"]: int(answer["Status"]["header"]["member_id"]) for answer in answers}
+            leaders = {int(answer["Status"]["leader"]) for answer in answers}
+            wanted = ids[self.members[number]]
+            for endpoint, member in ids.items():
+                if leaders == {member} and member != wanted:
+                    with contextlib.suppress(subprocess.CalledProcessError):  # it may have lost the lead by itself
+                        await etcdctl(endpoint, "move-leader", f"{wanted:x}")
+            return leaders == {wanted}
+
+        await eventually(leads, within=30, every=0.1, what=f"member {number} leads")
 
     async def stop(self) -> None:
         for number in list(self._processes):
