@@ -18,6 +18,7 @@ from google.rpc import status_pb2
 
 from kvbaton.errors import Reason, RequestError, cancelled
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc, session_pb2, session_pb2_grpc, worker_pb2
+from services.frontend.link.broken import STREAM_BROKE, why_broken
 from services.frontend.link.credits import SessionCredits
 from services.frontend.link.load import LegShare, WorkerLoad
 from services.frontend.link.outgoing import Outgoing
@@ -153,13 +154,8 @@ class SessionLink:
             try:
                 await self._session()
                 why = "the worker ended the session"
-            except grpc.aio.AioRpcError as error:
-                why = f"{error.code().name} {error.details()}"
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                why = "the stream was cancelled"  # by gRPC itself
+            except STREAM_BROKE as error:
+                why = why_broken(error)
             except Exception as error:  # whatever one message sets off, the worker must not be lost for ever
                 log.exception("session failed", worker=self._worker)
                 why = f"{type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ import grpc.aio
 import structlog
 
 from kvbaton.v1 import kv_events_pb2_grpc, worker_pb2
+from services.frontend.link.broken import STREAM_BROKE, why_broken
 from services.frontend.router.kv.index import KvIndex, cache_owner
 from services.frontend.router.kv.state import DoubtError, NoHashesError, WorkerPages
 from services.prefixes import hashed_page_size
@@ -102,9 +103,9 @@ class KvFollower:
             try:
                 await self._read(backoff)
                 why = "the worker ended the stream"
-            except grpc.aio.AioRpcError as error:
-                why = f"{error.code().name} {error.details()}"
-                if error.code() in _NO_EVENTS:
+            except STREAM_BROKE as error:
+                why = why_broken(error)
+                if isinstance(error, grpc.aio.AioRpcError) and error.code() in _NO_EVENTS:
                     self._give_up(why)
                     return
             except NoHashesError:
@@ -113,11 +114,6 @@ class KvFollower:
             except DoubtError as doubt:
                 why = f"doubt: {doubt}"
                 self._pages.forget("doubt")
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                why = "the stream was cancelled"  # by gRPC itself
             except Exception as error:  # whatever one message sets off, the worker must not be lost for ever
                 log.exception("kv events failed", worker=self.worker)
                 why = f"{type(error).__name__}: {error}"
