@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from kvbaton.errors import RequestError
 from services.frontend.link.load import LegShare
 from services.frontend.router.hints import NO_HINTS, Hints
-from services.frontend.router.placement import Placement, Target
+from services.frontend.router.placement import Placement, Target, WorkerName
 from services.frontend.router.policies.policy import Prompt
 from services.frontend.router.worker import Worker, WorkerRank
 
@@ -26,13 +26,13 @@ class Ticket:
         *,
         priority: int,
         number: int,
-        excluded: frozenset[str] = frozenset(),
+        excluded: frozenset[WorkerName] = frozenset(),
         held: bool = False,
         hints: Hints = NO_HINTS,
         ready: Callable[[Ticket], None],
         leave: Callable[[Ticket], None],
     ) -> None:
-        """`excluded` are instance ids that the request must do without, `hints` name those that it must have.
+        """`excluded` are workers that the request must do without, `hints` name those that it must have.
 
         A `held` ticket has a place but no turn.
         """

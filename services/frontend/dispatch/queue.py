@@ -23,7 +23,7 @@ from services.frontend.dispatch.pair_checks import PairChecks
 from services.frontend.dispatch.targets import Targets
 from services.frontend.link.protocol import Credit
 from services.frontend.router.hints import NO_HINTS, Hints
-from services.frontend.router.placement import Placement, Router, Target
+from services.frontend.router.placement import Placement, Router, Target, WorkerName
 from services.frontend.router.policies.make import Policies
 from services.frontend.router.policies.policy import Prompt
 from services.frontend.router.worker import Worker
@@ -100,7 +100,9 @@ class DispatchQueue:
             # Those that it names may have gone while it was held.
             self._end_hopeless(ticket.model, [ticket])
 
-    def enter_again(self, ticket: Ticket, excluded: frozenset[str], prompt: Prompt | None = None) -> Ticket | None:
+    def enter_again(
+        self, ticket: Ticket, excluded: frozenset[WorkerName], prompt: Prompt | None = None
+    ) -> Ticket | None:
         """After a failed attempt: at its old place, for workers without `excluded`. None when there are none.
 
         `prompt` takes the place of the old one.

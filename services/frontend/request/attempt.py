@@ -15,7 +15,7 @@ from kvbaton import token_ids
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2
 from services.frontend.link.protocol import Leg, LegEvent, LegFailed, LegFinished, LegTokens
-from services.frontend.request.blame import Blame
+from services.frontend.request.blame import Blame, Verdict
 from services.frontend.request.prepare import PreparedRequest
 from services.frontend.router.placement import Placement
 from services.frontend.router.worker import Worker
@@ -47,7 +47,7 @@ class Attempt:
         self.placement = placement
         self.room = _fresh_room(placement)
         self._blame = Blame(placement)
-        self.hand_over = HandOver(expected=placement.prefill is not None, succeeded=self._blame.handed_over)
+        self.hand_over = HandOver(self._blame, expected=placement.prefill is not None)
         self._proof = proof
         self._prepared = prepared
         self._sink = sink
@@ -80,6 +80,10 @@ class Attempt:
     def room_number(self) -> int:
         """0 for an aggregated worker."""
         return 0 if self.room is None else self.room.room
+
+    def verdict(self, error: RequestError) -> Verdict:
+        """By whom the attempt has failed."""
+        return self._blame.verdict(error)
 
     async def close(
         self, *, answered: bool, error: RequestError | None = None, fault: RequestError | None = None
@@ -160,9 +164,9 @@ class HandOver:
     are not this request's.
     """
 
-    def __init__(self, *, expected: bool, succeeded: Callable[[], None]) -> None:
+    def __init__(self, blame: Blame, *, expected: bool) -> None:
+        self._blame = blame
         self._expected = expected
-        self._succeeded = succeeded
         self._prefill: int | None = None
         self._decode: int | None = None
 
@@ -183,6 +187,7 @@ class HandOver:
             self._prefill = event.token_ids[0]
         elif role is not Role.PREFILL and self._decode is None:
             self._decode = event.token_ids[0]
+            self._blame.handed_over()
         else:
             return
         if self._prefill is None or self._decode is None:
@@ -194,7 +199,7 @@ class HandOver:
                 f"prefill generated token {self._prefill} first, decode {self._decode}:"
                 " the KV cache is not this request's",
             )
-        self._succeeded()
+        self._blame.proven()
 
 
 def _fresh_room(placement: Placement) -> Room | None:

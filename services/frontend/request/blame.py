@@ -1,13 +1,13 @@
-"""Whose fault a failed attempt was, as far as the breakers of its workers are concerned."""
+"""Whose fault a failed attempt was: what the breakers of its workers are told, and whom the next attempt avoids."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError
-from services.frontend.request.retry import EITHER_ONES_FAULT
 from services.frontend.router.placement import Placement
 from services.frontend.router.worker import Worker
 
@@ -22,11 +22,26 @@ _ONES_OWN_FAULT = frozenset(
     }
 )
 _UNTYPED_FAULTS = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
-_HAND_OVER_FAULTS = EITHER_ONES_FAULT | {Reason.FIRST_TOKEN_MISMATCH}
+# A hand-over that failed, or took too long: either side may be the cause.
+EITHER_ONES_FAULT = frozenset({Reason.ENGINE_ABORTED, Reason.DEADLINE_PREFILL, Reason.DEADLINE_TRANSFER})
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """By whom an attempt has failed."""
+
+    suspects: tuple[Worker, ...]
+    """One of them has; nobody knows which of several."""
+    faulty: bool
+    """Whether that speaks against a worker. One that drains, say, is no good to the request, but does as it should."""
 
 
 class Blame:
-    """What the workers of one attempt are told of it, once."""
+    """Of one attempt.
+
+    Its KV cache is handed over when decode gives its first token, which it can't have without the whole of it. That it
+    is this request's shows when that token is prefill's too.
+    """
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
@@ -38,35 +53,42 @@ class Blame:
         self._sent = time.monotonic()
 
     def handed_over(self) -> None:
-        """The KV cache has come over, and is the request's."""
+        """What goes wrong from now on is not the hand-over."""
         self._handed_over = True
+
+    def proven(self) -> None:
+        """The KV cache that was handed over is the request's."""
         assert self._placement.prefill is not None
         self._placement.prefill.breaker.succeeded()
         self._placement.decode.breaker.handed_over()
 
     def ended(self, *, answered: bool, error: RequestError | None) -> None:
-        """The attempt is over: with a complete answer, by `error`, or because nobody wants it any more."""
+        """The attempt is over: with a complete answer, by `error`, or because nobody wants it any more. Once."""
         if answered:
             self._placement.decode.breaker.succeeded()
         elif error is not None:
-            self._blame(error)
+            self._tell_breakers(error)
 
-    def _blame(self, error: RequestError) -> None:
-        if (worker := self._alone_at_fault(error)) is not None:
-            worker.breaker.failed(str(error), sent=self._sent)
-        elif error.reason in _HAND_OVER_FAULTS:
-            # If one of the two is known to be bad, it is the one.
-            innocent = [worker for worker in self._placement.workers if worker.breaker.closed]
-            if len(innocent) == len(self._placement.workers):
-                for worker in innocent:
-                    worker.breaker.failed(str(error), sent=self._sent, shared=True)
-
-    def _alone_at_fault(self, error: RequestError) -> Worker | None:
+    def verdict(self, error: RequestError) -> Verdict:
+        """On what the attempt has failed by."""
+        workers, named = tuple(self._placement.workers), self._named(error)
         if error.reason is Reason.DEADLINE_TOKEN_GAP:
-            return self._placement.decode
-        if error.reason in _HAND_OVER_FAULTS:
-            return self._named(error) or self._placement.decode if self._handed_over else None
-        return self._named(error) if is_workers_fault(error) else None
+            return Verdict((self._placement.decode,), faulty=True)
+        if error.reason is Reason.FIRST_TOKEN_MISMATCH:
+            return Verdict(workers, faulty=True)
+        if error.reason in EITHER_ONES_FAULT:
+            return Verdict((named or self._placement.decode,) if self._handed_over else workers, faulty=True)
+        if named is None:
+            return Verdict(workers, faulty=False)
+        return Verdict((named,), faulty=is_workers_fault(error))
+
+    def _tell_breakers(self, error: RequestError) -> None:
+        verdict = self.verdict(error)
+        shared = len(verdict.suspects) > 1
+        # If one of several is known to be bad, it is the one.
+        if verdict.faulty and not (shared and any(not worker.breaker.closed for worker in verdict.suspects)):
+            for worker in verdict.suspects:
+                worker.breaker.failed(str(error), sent=self._sent, shared=shared)
 
     def _named(self, error: RequestError) -> Worker | None:
         return next((worker for worker in self._placement.workers if worker.role.value == error.leg), None)

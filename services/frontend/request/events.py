@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from kvbaton.errors import RequestError
 from services.frontend.dispatch.line import Ticket
 from services.frontend.link.protocol import LegEvent
 from services.frontend.request.attempt import Attempt
+from services.frontend.request.deadlines import DeadlineClock
 from services.frontend.router.placement import Placement
 from services.requests import Role
 
@@ -43,6 +45,35 @@ class FromQueue:
 
     ticket: Ticket
     result: Placement | RequestError
+
+
+class Inbox:
+    """What one owner hears, in order."""
+
+    def __init__(self, clock: DeadlineClock) -> None:
+        self._clock = clock
+        self._items: asyncio.Queue[FromLeg | FromQueue | End] = asyncio.Queue()
+
+    def put(self, item: FromLeg | FromQueue | End) -> None:
+        """It is heard behind all that came before."""
+        self._items.put_nowait(item)
+
+    async def get(self) -> FromLeg | FromQueue:
+        """The next one. Raises EndedError where somebody ends the request."""
+        item = await self._items.get()
+        if isinstance(item, End):
+            raise EndedError(item.error)
+        return item
+
+    async def get_in_time(self) -> FromLeg | FromQueue:
+        """The same within the request's deadlines. Raises RequestError where one passes."""
+        if not self._items.empty():
+            return await self.get()
+        try:
+            async with asyncio.timeout(self._clock.remaining()):
+                return await self.get()
+        except TimeoutError:
+            raise self._clock.expired() from None
 
 
 class Progress(Protocol):

@@ -7,7 +7,6 @@ short.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,15 +21,15 @@ from services.frontend.request.answer import Answer
 from services.frontend.request.api import Output
 from services.frontend.request.attempt import PREFILL_END_TIMEOUT, Attempt
 from services.frontend.request.deadlines import DeadlineClock, Deadlines
-from services.frontend.request.events import End, EndedError, FromLeg, FromQueue, Progress
-from services.frontend.request.migration import Migration, lost_end
+from services.frontend.request.events import End, EndedError, FromLeg, FromQueue, Inbox, Progress
+from services.frontend.request.migration import lost_end
 from services.frontend.request.outbox import Outbox
+from services.frontend.request.places import Places
 from services.frontend.request.prepare import PreparedRequest
-from services.frontend.request.retry import RetryPolicy, retryable
+from services.frontend.request.retry import retryable
 from services.frontend.request.states import RequestState, State, Step
 from services.frontend.request.trace import RequestTrace
 from services.frontend.router.placement import Placement
-from services.frontend.router.policies.policy import Prompt
 from services.requests import Role
 
 log = structlog.get_logger()
@@ -64,17 +63,12 @@ class RequestOwner:
         self._prepared = prepared
         self._choice = choice
         self._progress = progress
-        self._queue = queue
-        self._ticket = ticket
-        # What the next attempt runs: behind the first token only the rest.
-        self._rest = prepared
         self._deadlines = deadlines
         self._clock = DeadlineClock(deadlines(len(prepared.token_ids)))
-        self._retry = RetryPolicy(retries)
-        self._migration = Migration(prepared, migrations)
+        self._inbox = Inbox(self._clock)
+        self._places = Places(prepared, queue, ticket, self._inbox, retries=retries, migrations=migrations)
         self._trace = trace
         self._state = RequestState()
-        self._events: asyncio.Queue[FromLeg | FromQueue | End] = asyncio.Queue()
         self._outbox = outbox
         self._attempt: Attempt | None = None
         # What that failed by itself; the client may be told of something else, or of another choice's failure.
@@ -105,11 +99,11 @@ class RequestOwner:
 
     def leave(self) -> None:
         """Never started, it gives up its place."""
-        self._ticket.leave()
+        self._places.leave()
 
     def release(self, *, prefers: str) -> None:
         """A held ticket gets its turn, on that prefill worker if it can."""
-        self._queue.release(self._ticket, prefers=prefers)
+        self._places.release(prefers=prefers)
 
     @property
     def prefill_worker(self) -> str:
@@ -119,7 +113,7 @@ class RequestOwner:
 
     def end(self, error: RequestError) -> None:
         """Ends both legs; the request then fails with the error. Without effect on one that has ended."""
-        self._events.put_nowait(End(error))
+        self._inbox.put(End(error))
 
     async def _own(self) -> None:
         try:
@@ -132,7 +126,7 @@ class RequestOwner:
             log.error("request failed", request_id=self.request_id, state=self.state, exc_info=error)
             self._fail(RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
         finally:
-            self._ticket.leave()
+            self._places.leave()
             self._close_attempt(self.answer.error)
             for result in await asyncio.gather(*self._closing, return_exceptions=True):
                 if isinstance(result, BaseException):
@@ -143,7 +137,7 @@ class RequestOwner:
         """The client is told at once; the legs are ended afterwards."""
         if not self._state.ended:
             self._state.take(Step.CANCEL if error.code is grpc.StatusCode.CANCELLED else Step.ERROR)
-        self._migration.failed()
+        self._places.migration.failed()
         room = self._attempt.room_number if self._attempt is not None else 0
         self.answer.error = self._prepared.as_sent(error).with_context(room=room, request_id=self.request_id)
         self._progress.choice_failed(self.answer.error)
@@ -151,8 +145,7 @@ class RequestOwner:
     async def _run(self) -> None:
         """Attempts, until one gives an answer or the last one's error is the request's."""
         while True:
-            placement = await self._placed()
-            self._dispatch(placement)
+            attempt = self._dispatch(await self._places.workers())
             try:
                 await self._follow()
                 return
@@ -160,7 +153,8 @@ class RequestOwner:
                 self._fault = error
                 if not retryable(error):
                     raise
-                self._ticket = self._enter_again(error, placement)
+                self._places.enter_again(error, attempt, self.answer.taken)
+                self._clock.renew(self._deadlines(len(self._places.rest.token_ids)))
                 log.info(
                     "answer migrates" if self.answer.taken else "attempt failed",
                     request_id=self.request_id,
@@ -171,73 +165,18 @@ class RequestOwner:
                 step = Step.MIGRATE if self.state is State.DECODING else Step.RETRY
                 self._clock.enter(self._state.take(step))
                 self._close_attempt(error)
-                await self._pause()
+                await self._places.pause()
 
-    async def _placed(self) -> Placement:
-        """Waits for workers that can run what is left. Raises RequestError, and EndedError as all that waits does."""
-        while True:
-            try:
-                placement = await self._turn(self._ticket)
-            except RequestError as error:
-                if not self.attempts or error.code is not grpc.StatusCode.UNAVAILABLE:
-                    raise
-                # All that it was to have are gone; those that it was to do without may be back.
-                self._retry.forgive()
-                self._ticket = self._next_place(error)
-                continue
-            unfit = self._migration.unfit(placement, self._rest)
-            if not unfit:
-                return placement
-            self._ticket.leave()
-            self._retry.exclude(unfit)
-            self._ticket = self._next_place(self._migration.cause)
-
-    def _prompt(self) -> Prompt:
-        return Prompt(self._rest.token_ids, cache_salt=self._rest.cache_salt)
-
-    async def _turn(self, ticket: Ticket) -> Placement:
-        ticket.describe(self._prompt())
-        ticket.deliver_to(lambda result: self._events.put_nowait(FromQueue(ticket, result)))
-        while True:
-            item = await self._next_event()
-            if isinstance(item, FromQueue) and item.ticket is ticket:
-                if isinstance(item.result, RequestError):
-                    raise item.result
-                return item.result
-
-    def _enter_again(self, error: RequestError, placement: Placement) -> Ticket:
-        """A place for the next attempt. Raises the error, or NOT_MIGRATABLE, where there is to be none."""
-        if taken := self.answer.taken:
-            self._rest = self._migration.begin(error, placement, taken)
-            self._clock.renew(self._deadlines(len(self._rest.token_ids)))
-        else:
-            self._retry.spend(error)
-        self._retry.blame(error, placement, handed_over=self.state is State.DECODING)
-        return self._next_place(error)
-
-    def _next_place(self, error: RequestError) -> Ticket:
-        prompt = self._prompt()
-        for excluded in self._retry.exclusions():
-            if (again := self._queue.enter_again(self._ticket, excluded, prompt)) is not None:
-                return again
-        raise error  # nobody is left to try: what failed is the better answer
-
-    async def _pause(self) -> None:
-        """A moment before the next attempt. Raises EndedError."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._retry.pause()):
-                while True:
-                    await self._event()
-
-    def _dispatch(self, placement: Placement) -> None:
+    def _dispatch(self, placement: Placement) -> Attempt:
         self._state.take(Step.PAIR_CHOSEN)
-        self._ticket.spend()
+        self._places.spend()
         self.attempts += 1
         span = self._trace.attempt(self.attempts, self._choice)
-        self._attempt = Attempt(self._rest, placement, self._from_leg, span)
+        self._attempt = attempt = Attempt(self._places.rest, placement, self._from_leg, span)
         self.answer.dispatched(placement)
-        self._attempt.dispatch()
+        attempt.dispatch()
         self._clock.enter(self._state.take(Step.DISPATCHED))
+        return attempt
 
     def _close_attempt(self, error: RequestError | None) -> None:
         """Ends the attempt's legs in a task of its own; the request ends only when all such tasks have."""
@@ -250,12 +189,12 @@ class RequestOwner:
         self._attempt = None
 
     def _from_leg(self, attempt: Attempt, role: Role, event: LegEvent) -> None:
-        self._events.put_nowait(FromLeg(attempt, role, event))
+        self._inbox.put(FromLeg(attempt, role, event))
 
     async def _follow(self) -> None:
         """Until the answer is complete. Raises the attempt's error, or EndedError."""
         while True:
-            item = await self._next_event()
+            item = await self._inbox.get_in_time()
             if isinstance(item, FromQueue) or item.attempt is not self._attempt:
                 continue  # an earlier attempt's legs still say goodbye
             event = self._unless_failed(item)
@@ -301,7 +240,7 @@ class RequestOwner:
         try:
             async with asyncio.timeout(PREFILL_END_TIMEOUT):
                 while not attempt.hand_over.settled:
-                    item = await self._event()
+                    item = await self._inbox.get()
                     if isinstance(item, FromQueue) or item.attempt is not attempt or item.role is not Role.PREFILL:
                         continue
                     if isinstance(item.event, LegFailed):
@@ -331,23 +270,6 @@ class RequestOwner:
             self._clock.enter(self._state.take(Step.FIRST_TOKEN))
             self._progress.choice_prefilled()
         self._clock.token()
-        self._migration.continued()
+        self._places.migration.continued()
         output = self.answer.take(event)
         return output if output.token_ids or output.finished is not None else None
-
-    async def _next_event(self) -> FromLeg | FromQueue:
-        """Within the request's deadlines. Raises RequestError where one passes, and EndedError."""
-        if not self._events.empty():
-            return await self._event()
-        try:
-            async with asyncio.timeout(self._clock.remaining()):
-                return await self._event()
-        except TimeoutError:
-            raise self._clock.expired() from None
-
-    async def _event(self) -> FromLeg | FromQueue:
-        """Raises EndedError where somebody ends the request."""
-        item = await self._events.get()
-        if isinstance(item, End):
-            raise EndedError(item.error)
-        return item

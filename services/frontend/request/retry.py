@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import grpc
 
 from kvbaton.errors import Reason, RequestError
-from services.frontend.router.placement import Placement
+from services.frontend.request.blame import EITHER_ONES_FAULT, Verdict
+from services.frontend.router.placement import WorkerName, name_of
 from services.requests import Role
 
 # The worker that says so, or that can't be reached, is at fault; its peer is not.
@@ -25,9 +26,6 @@ _ONE_WORKERS_FAULT = frozenset(
         Reason.LEG_ENDED_EARLY,
     }
 )
-# A hand-over that failed, or took too long: either side may be the cause.
-EITHER_ONES_FAULT = frozenset({Reason.ENGINE_ABORTED, Reason.DEADLINE_PREFILL, Reason.DEADLINE_TRANSFER})
-
 _JITTER_SECONDS = 0.05
 
 
@@ -36,12 +34,12 @@ class RetryPolicy:
     """Further attempts of one request: how many before its first token, and on which workers."""
 
     retries_left: int
-    # Instance ids of workers that failed it, by role of those that may have, of those of the last attempt among them,
-    # and of those that are no good to it.
-    _failed: set[str] = field(default_factory=set[str])
-    _suspects: dict[Role, set[str]] = field(default_factory=lambda: defaultdict(set))
-    _latest: set[str] = field(default_factory=set[str])
-    _unfit: set[str] = field(default_factory=set[str])
+    # Those that failed it, by role those that may have, those of the last attempt among them, and those that are no
+    # good to it.
+    _failed: set[WorkerName] = field(default_factory=set[WorkerName])
+    _suspects: dict[Role, set[WorkerName]] = field(default_factory=lambda: defaultdict(set))
+    _latest: set[WorkerName] = field(default_factory=set[WorkerName])
+    _unfit: set[WorkerName] = field(default_factory=set[WorkerName])
 
     def spend(self, error: RequestError) -> None:
         """One more try before the first token. Raises the error where there is none left."""
@@ -49,19 +47,17 @@ class RetryPolicy:
             raise error
         self.retries_left -= 1
 
-    def blame(self, error: RequestError, placement: Placement, *, handed_over: bool = False) -> None:
-        """Remembers the workers at fault; behind the hand-over (`handed_over`) that is the one that says so."""
-        at_fault = [worker for worker in placement.workers if worker.role.value == error.leg]
-        if (error.reason in EITHER_ONES_FAULT and not handed_over) or not at_fault:
-            at_fault = list(placement.workers)
-            for worker in at_fault:
-                self._suspects[worker.role].add(worker.instance_id)
-        else:
-            self._failed.update(worker.instance_id for worker in at_fault)
-        self._latest = {worker.instance_id for worker in at_fault}
+    def failed(self, verdict: Verdict) -> None:
+        """By these workers, or one of them, an attempt has failed."""
+        self._latest = {name_of(worker) for worker in verdict.suspects}
+        if len(verdict.suspects) == 1:
+            self._failed |= self._latest
+            return
+        for worker in verdict.suspects:
+            self._suspects[worker.role].add(name_of(worker))
 
-    def exclude(self, unfit: Collection[str]) -> None:
-        """These instance ids can't help, through no fault of theirs."""
+    def exclude(self, unfit: Collection[WorkerName]) -> None:
+        """These workers can't help, through no fault of theirs."""
         self._unfit.update(unfit)
 
     def forgive(self) -> None:
@@ -70,8 +66,8 @@ class RetryPolicy:
         self._suspects.clear()
         self._latest.clear()
 
-    def exclusions(self) -> Iterator[frozenset[str]]:
-        """Instance ids to do without, the safest choice first.
+    def exclusions(self) -> Iterator[frozenset[WorkerName]]:
+        """Workers to do without, the safest choice first.
 
         Of two workers that may both be the cause one is innocent: without another pair, another prefill with the
         same decode will do, or the other way round. And what failed an earlier attempt may serve again by now.

@@ -1,4 +1,4 @@
-"""Which of an attempt's workers its end is told: server faults only, and never the other leg's."""
+"""By whom an attempt has failed, and what its workers' breakers hear: server faults only, never the other leg's."""
 
 from __future__ import annotations
 
@@ -108,6 +108,7 @@ def test_a_failed_hand_over_is_shared_unless_one_of_the_two_is_known_to_be_bad(f
 def test_behind_the_hand_over_it_is_the_worker_that_streams(reason: Reason) -> None:
     blame, prefill, decode = pair()
     blame.handed_over()
+    blame.proven()
     leg = "decode" if reason is Reason.ENGINE_ABORTED else ""
     blame.ended(answered=False, error=error(reason, leg))
     assert (prefill.heard, decode.heard) == (["succeeded"], ["handed over", "own"])
@@ -125,3 +126,30 @@ def test_an_aggregated_worker_has_nobody_to_share_with() -> None:
     for failure in (error(Reason.ENGINE_ABORTED, "aggregated"), error(Reason.DEADLINE_PREFILL)):
         Blame(Placement(worker)).ended(answered=False, error=failure)
     assert told.heard == ["own", "own"]
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_behind_decodes_first_token_it_is_the_worker_that_says_so(proven: bool) -> None:
+    """Whether prefill's token has come by then or not: decode had the whole KV cache."""
+    blame, _, decode = pair()
+    blame.handed_over()
+    if proven:
+        blame.proven()
+    verdict = blame.verdict(error(Reason.ENGINE_ABORTED, "decode"))
+    assert ([worker.role for worker in verdict.suspects], verdict.faulty) == ([Role.DECODE], True)
+    blame.ended(answered=False, error=error(Reason.ENGINE_ABORTED, "decode"))
+    assert decode.heard[-1] == "own"
+
+
+def test_tokens_that_differ_are_the_fault_of_either_whichever_came_last() -> None:
+    blame, prefill, decode = pair()
+    blame.handed_over()
+    blame.ended(answered=False, error=error(Reason.FIRST_TOKEN_MISMATCH, code=grpc.StatusCode.DATA_LOSS))
+    assert (prefill.heard, decode.heard) == (["shared"], ["shared"])
+
+
+@pytest.mark.parametrize("reason", [Reason.WORKER_DRAINING, Reason.WORKER_NOT_SERVING, Reason.SHUTTING_DOWN])
+def test_who_does_as_it_should_is_avoided_all_the_same(reason: Reason) -> None:
+    blame, _, _ = pair()
+    verdict = blame.verdict(error(reason, "prefill"))
+    assert ([worker.role for worker in verdict.suspects], verdict.faulty) == ([Role.PREFILL], False)

@@ -13,7 +13,6 @@ from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2
 from services.frontend.request.migration import Migration, lost_end, replay, what_keeps
 from services.frontend.request.prepare import PreparedRequest
-from services.frontend.request.retry import RetryPolicy
 from services.requests import Grammar, GrammarKind, Role, Sampling
 
 EOS = 2
@@ -21,6 +20,7 @@ GREEDY = Sampling(max_new_tokens=10, min_new_tokens=4, temperature=0.0, stop_tok
 DEAD = RequestError(
     grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_DEAD, "killed", leg="decode", worker="d0", room=5, retry_after=1.0
 )
+BOTH = {(Role.PREFILL, "p0"), (Role.DECODE, "d0")}
 LENGTH, STOP = generate_pb2.FINISH_REASON_LENGTH, generate_pb2.FINISH_REASON_STOP
 
 
@@ -130,18 +130,9 @@ def test_only_workers_with_room_and_the_same_weights_can_take_over() -> None:
     rest = migration.begin(DEAD, placement(), [20])
     total = 3 + GREEDY.max_new_tokens
     assert not migration.unfit(placement(max_prompt_tokens=4, context_length=total), rest)
-    assert migration.unfit(placement(max_prompt_tokens=3), rest) == {"p0", "d0"}
-    assert migration.unfit(placement(context_length=total - 1), rest) == {"p0", "d0"}
-    assert migration.unfit(placement(seeded_sampling=False), rest) == {"p0", "d0"}
-    assert migration.unfit(placement(cache_salts=False), rest) == {"p0", "d0"}
-    assert migration.unfit(placement(revision="r2"), rest) == {"p0", "d0"}
+    assert migration.unfit(placement(max_prompt_tokens=3), rest) == BOTH
+    assert migration.unfit(placement(context_length=total - 1), rest) == BOTH
+    assert migration.unfit(placement(seeded_sampling=False), rest) == BOTH
+    assert migration.unfit(placement(cache_salts=False), rest) == BOTH
+    assert migration.unfit(placement(revision="r2"), rest) == BOTH
     assert migration.cause is DEAD
-
-
-def test_behind_the_hand_over_only_the_worker_that_says_so_is_to_blame() -> None:
-    aborted = RequestError(grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_ABORTED, "no memory", leg="decode")
-    before, behind = RetryPolicy(2), RetryPolicy(2)
-    before.blame(aborted, placement())
-    behind.blame(aborted, placement(), handed_over=True)
-    assert next(before.exclusions()) == {"p0", "d0"}
-    assert list(behind.exclusions()) == [{"d0"}]

@@ -342,7 +342,7 @@ def test_a_retry_waits_at_its_old_place_for_other_workers() -> None:
     first = house.enter()
     house.grant(d0)
     later = house.enter()
-    again = house.queue.enter_again(first, frozenset({"d0"}))
+    again = house.queue.enter_again(first, frozenset({(Role.DECODE, "d0")}))
     assert again is not None
     assert house.asked() == [1, 2], "the excluded worker is not asked for it"
     house.grant(d0)
@@ -355,8 +355,21 @@ def test_there_is_no_retry_when_nobody_is_left() -> None:
     house = House(worker := decode())
     ticket = house.enter()
     house.grant(worker)
-    assert house.queue.enter_again(ticket, frozenset({"d0"})) is None
-    assert house.queue.enter_again(ticket, frozenset({"p0"})) is None
+    assert house.queue.enter_again(ticket, frozenset({(Role.DECODE, "d0")})) is None
+    assert house.queue.enter_again(ticket, frozenset({(Role.PREFILL, "p0")})) is None
+
+
+def test_one_instance_id_in_two_roles_is_two_workers() -> None:
+    house = House(worker := decode("p0"))
+    ticket = house.enter()
+    house.grant(worker)
+    assert house.queue.enter_again(ticket, frozenset({(Role.PREFILL, "p1"), (Role.DECODE, "d0")})) is not None
+    assert house.queue.enter_again(ticket, frozenset({(Role.PREFILL, "p0")})) is None
+    assert house.queue.enter_again(ticket, frozenset({(Role.DECODE, "p0")})) is None
+    house = House(worker := decode("p0"), decode("d1"))
+    ticket = house.enter()
+    house.grant(worker)
+    assert house.queue.enter_again(ticket, frozenset({(Role.DECODE, "p0")})) is not None
 
 
 async def test_everybody_who_waits_is_told_when_the_last_worker_goes() -> None:
@@ -442,7 +455,7 @@ def test_a_retry_that_can_not_use_the_only_proven_pair_does_not_spin() -> None:
     house.pairs.set("p1", "d0", PairState.CHECKING)
     first = house.enter()
     house.grant(worker)
-    again = house.queue.enter_again(first, frozenset({"p0"}))
+    again = house.queue.enter_again(first, frozenset({(Role.PREFILL, "p0")}))
     assert again is not None
     assert worker.link.asked == 0
     house.grant(worker)
@@ -454,7 +467,7 @@ def test_a_retry_whose_last_possible_worker_goes_is_told() -> None:
     house = House(d0 := decode("d0"), decode("d1"))
     first = house.enter()
     house.grant(d0)
-    again = house.queue.enter_again(first, frozenset({"d0"}))
+    again = house.queue.enter_again(first, frozenset({(Role.DECODE, "d0")}))
     assert again is not None
     house.router.all = house.router.all[:1]
     house.queue.workers_changed()
@@ -707,7 +720,7 @@ def test_a_named_worker_that_has_failed_a_request_is_not_replaced() -> None:
     house = House(d0 := decode("d0", free=4), decode("d1", free=4))
     ticket = house.enter(hints=Hints(decode="d0"))
     house.grant(d0)
-    assert house.queue.enter_again(ticket, frozenset({"d0"})) is None
+    assert house.queue.enter_again(ticket, frozenset({(Role.DECODE, "d0")})) is None
 
 
 def test_under_the_policy_direct_every_request_names_its_workers() -> None:
