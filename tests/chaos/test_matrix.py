@@ -40,7 +40,8 @@ UNDISTURBED_FOR = 1.2
 HANGS_AFTER = 30.0
 
 WINDOW = 4
-DEADLINE = 1.0
+# Each phase must be reached within it, on a busy machine too.
+DEADLINE = 2.0
 TOKENS_BEFORE_THE_FAULT = 4
 
 FRONTEND, OTHER, IMPATIENT = "frontend", "other", "impatient"
@@ -89,7 +90,8 @@ class Cell:
     cluster: FaultCluster
     phase: Phase
     fault: Fault
-    occupants: list[Subject] = field(default_factory=list[Subject])
+    subjects: list[Subject] = field(default_factory=list[Subject])
+    """The request, and before it those that take the slots when it is to queue."""
     injected: bool = False
     prefill: str = "prefill0"
     decode: str = "decode0"
@@ -107,6 +109,15 @@ class Cell:
     def target(self) -> Target:
         """Whom the fault hits: the request's own workers, once they are known."""
         return Target(self.cluster, self.prefill, self.decode, FRONTEND)
+
+    @contextlib.asynccontextmanager
+    async def played(self) -> AsyncGenerator[Repair]:
+        """Others feel nothing. Whatever happens inside, the cluster is as before at the end."""
+        try:
+            async with self.others(), self.repaired() as repair:
+                yield repair
+        finally:
+            await self.cluster.at_rest()
 
     @contextlib.asynccontextmanager
     async def others(self) -> AsyncGenerator[None]:
@@ -131,7 +142,7 @@ class Cell:
             # Those of the other role hold nothing, but count what begins with the mark.
             count = 1 if name in holders else 0
             await cluster.simulators[name].hold(self.phase, MARK, count=count, after_tokens=TOKENS_BEFORE_THE_FAULT)
-        subject = Subject(cluster.clients[self.frontend])
+        subject = self._ask(self.frontend)
         while not await self._held(holders):
             assert not subject.ended, subject.error
             await asyncio.sleep(0.02)
@@ -145,6 +156,10 @@ class Cell:
             await eventually(lambda: len(subject.received) == TOKENS_BEFORE_THE_FAULT)
         return subject
 
+    def _ask(self, frontend: str) -> Subject:
+        self.subjects.append(Subject(self.cluster.clients[frontend]))
+        return self.subjects[-1]
+
     async def _held(self, holders: list[str]) -> int:
         return await self.cluster.total("held", holders)
 
@@ -153,7 +168,8 @@ class Cell:
         for name in cluster.decodes:
             await cluster.simulators[name].hold(Phase.DECODING, MARK, count=WINDOW, after_tokens=1)
         slots = WINDOW * len(cluster.decodes)
-        self.occupants = [Subject(cluster.clients[OTHER]) for _ in range(slots)]
+        for _ in range(slots):
+            self._ask(OTHER)
 
         async def all_slots_taken() -> bool:
             return await self._held(cluster.decodes) == slots
@@ -162,7 +178,7 @@ class Cell:
 
     async def _queued(self) -> Subject:
         metrics = self.cluster.processes.metrics_endpoints[self.frontend]
-        subject = Subject(self.cluster.clients[self.frontend])
+        subject = self._ask(self.frontend)
 
         async def waits() -> bool:
             return (await gauges(metrics))["kvbaton_queued_requests"] == 1
@@ -171,10 +187,12 @@ class Cell:
         return subject
 
     async def inject(self, subject: Subject) -> float:
-        """The fault; when it began, on the monotonic clock."""
+        """The fault; when it began, on the monotonic clock. Nobody can have noticed it before."""
         self.injected = True
         if self.fault is Fault.DEADLINE:
-            return DEADLINE + (subject.last_token_at if self.phase is Phase.DECODING else subject.sent_at)
+            # Whichever phase it is of, it has not begun before the request was sent.
+            return subject.sent_at + DEADLINE
+        assert not subject.ended, subject.error
         began = time.monotonic()
         if self.fault is Fault.CLIENT_GONE:
             await subject.leave()
@@ -193,15 +211,15 @@ class Cell:
 
     @contextlib.asynccontextmanager
     async def repaired(self) -> AsyncGenerator[Repair]:
-        """Whatever happens inside, the fault is over at the end and the cluster is as before."""
+        """Whatever happens inside, the fault is over at the end, nothing stands still, and the requests have ended."""
         repair = Repair(self)
         try:
             yield repair
         finally:
             await repair.now()
             await self.cluster.release()
-            for occupant in self.occupants:
-                await occupant.end(HANGS_AFTER)
+            for subject in self.subjects:
+                await subject.end(HANGS_AFTER)
             await self.cluster.whole()
 
 
@@ -231,35 +249,37 @@ async def test_the_request_ends_as_promised_and_nobody_else_notices(
     cell = Cell(cluster, phase, fault)
     promise = cell.promise
     slot_free = None
-    async with cell.others():
-        async with cell.repaired() as repair:
-            subject = await cell.enter_phase()
-            began_at, began = time.time(), await cell.inject(subject)
-            if promise is UNTOUCHED:
-                await asyncio.sleep(UNDISTURBED_FOR)
-                # A slot that the fault has freed may be the queued request's already.
-                assert phase is Phase.QUEUED or not subject.ended, subject.error
-                await cluster.release()
-            await subject.end(HANGS_AFTER)
-            if promise.slot is Slot.FAULT:
-                slot_free = await cell.let_go_at(began)
-            repaired = await repair.now()
-            if promise.slot is Slot.REPAIR:
-                slot_free = await cell.let_go_at(repaired)
-    await cluster.at_rest()
+    async with cell.played() as repair:
+        subject = await cell.enter_phase()
+        began_at, began = time.time(), await cell.inject(subject)
+        if promise is UNTOUCHED:
+            await asyncio.sleep(UNDISTURBED_FOR)
+            # A slot that the fault has freed may be the queued request's already.
+            assert phase is Phase.QUEUED or not subject.ended, subject.error
+            await cluster.release()
+        await subject.end(HANGS_AFTER)
+        if promise.slot is Slot.FAULT:
+            slot_free = await cell.let_go_at(began)
+        repaired = await repair.now()
+        if promise.slot is Slot.REPAIR:
+            slot_free = await cell.let_go_at(repaired)
 
-    for each in (subject, *cell.occupants):
+    *occupants, _ = cell.subjects
+    for each in cell.subjects:
         each.check_tokens()
-    for occupant in cell.occupants:
+    for occupant in occupants:
         assert occupant.finishes == 1, occupant.error
     check_end(subject, promise)
     line = await last_word(cluster, cell, subject)
     noticed = None
     if promise.reason is not Reason.CANCELLED and promise is not UNTOUCHED:
-        noticed = max(0.0, subject.ended_at - began)
+        noticed = subject.ended_at - began
         if line is not None and promise.succeeds:
+            # All that it says of the request: of what goes well it has only the last word.
             words = lines_about(cluster.processes.log(cell.frontend), subject.request_id)
+            assert len(words) > 1, "it has said nothing of the fault"
             noticed = logged_at(words[0]) - began_at
+        assert noticed >= 0.0, "noticed before it was there"
         assert noticed < SLACK * (SILENCE_NOTICED_WITHIN if fault in SILENT else KILL_NOTICED_WITHIN)
     ended = None if promise is UNTOUCHED or fault is Fault.CLIENT_GONE else subject.ended_at - began
     results.append(Measured(phase, fault, noticed, ended, slot_free))

@@ -150,7 +150,7 @@ class Measured:
     phase: str
     fault: str
     noticed: float | None
-    """From the fault until the frontend's first word of it, or the client's error."""
+    """From the fault until the frontend's first word of it, or the client's error; never negative."""
     ended: float | None
     """From the fault until the client had its answer or error; None where the test decides it by letting go."""
     slot_free: float | None

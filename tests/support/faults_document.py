@@ -30,7 +30,8 @@ The phases:
 _TIMES = """
 The times are those of one recorded run on two shared cores, in seconds; they differ from run to run.
 
-- **noticed**: from the fault until the frontend acts on it, or the client has its error; of a deadline, how late.
+- **noticed**: from the fault until the frontend acts on it, or the client has its error; of a deadline, how
+  long after the earliest moment at which it could have passed.
 - **ended**: from the fault until the client has its whole answer, or its error.
 - **slot free**: until the surviving legs' workers have neither the request nor pages of it. Where it counts from the
   thaw or repair, the other side could still write into the pages until then, or could not be told.
