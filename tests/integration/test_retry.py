@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -140,3 +142,32 @@ async def test_cancelling_between_attempts_ends_the_request(
     with pytest.raises(RequestError) as caught:
         await asyncio.wait_for(running[waiting], 3)
     assert caught.value.code is grpc.StatusCode.CANCELLED
+
+
+async def test_a_request_that_loses_its_only_workers_waits_for_others(etcd_endpoint: str, model_folder: Path) -> None:
+    async with FakeCluster(
+        etcd_endpoint, f"t-{time.time_ns()}", model_folder, heartbeat=2.0, ready_queue_timeout=20.0
+    ) as cluster:
+        prefill, decode = await cluster.start_pair()
+        prefill.engine.behaviour.hang = True
+        running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY))
+        await eventually(lambda: prefill.engine.live)
+        prefill.engine.die("scheduler killed")
+        await eventually(lambda: not decode.engine.live, within=5)
+        await cluster.start_worker(Role.PREFILL)
+        assert (await asyncio.wait_for(running, 20)).token_ids == expected_tokens(PROMPT, 8)
+
+
+async def test_nobody_comes_and_the_workers_error_is_the_requests(etcd_endpoint: str, model_folder: Path) -> None:
+    async with FakeCluster(
+        etcd_endpoint, f"t-{time.time_ns()}", model_folder, heartbeat=2.0, ready_queue_timeout=0.5
+    ) as cluster:
+        prefill, decode = await cluster.start_pair()
+        prefill.engine.behaviour.hang = True
+        running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY))
+        await eventually(lambda: prefill.engine.live)
+        prefill.engine.die("scheduler killed")
+        with pytest.raises(RequestError) as caught:
+            await asyncio.wait_for(running, 10)
+        assert caught.value.reason is Reason.ENGINE_DEAD
+        await eventually(lambda: not decode.engine.live, within=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from kvbaton.errors import RequestError
 from services.frontend.link.load import LegShare
 from services.frontend.router.hints import NO_HINTS, Hints
-from services.frontend.router.placement import Placement, Target, WorkerName
+from services.frontend.router.placement import Incarnation, Placement, Target
 from services.frontend.router.policies.policy import Prompt
 from services.frontend.router.worker import Worker, WorkerRank
 
@@ -26,7 +27,7 @@ class Ticket:
         *,
         priority: int,
         number: int,
-        excluded: frozenset[WorkerName] = frozenset(),
+        excluded: frozenset[Incarnation] = frozenset(),
         held: bool = False,
         hints: Hints = NO_HINTS,
         ready: Callable[[Ticket], None],
@@ -48,6 +49,8 @@ class Ticket:
         self.prompt: Prompt | None = None
         """None while it is being tokenized: the ticket keeps its place, and gets no workers yet."""
         self.waiting = True
+        self.patience: asyncio.TimerHandle | None = None
+        """It waits for workers that are not here yet, until then."""
         self.seat: Seats | None = None
         """Where it stands in its line; None without a prompt, and when it waits no longer."""
         self.rank: WorkerRank | None = None
@@ -97,7 +100,7 @@ class Ticket:
 
     def settle(self, result: Placement | RequestError) -> None:
         """The wait is over."""
-        self.waiting = False
+        self._wait_no_more()
         self._result = result
         if self._deliver is not None:
             self._deliver(result)
@@ -110,11 +113,17 @@ class Ticket:
     def leave(self) -> None:
         """The request wants no workers any more: out of the line, or the credit back. Idempotent."""
         if self.waiting:
-            self.waiting = False
+            self._wait_no_more()
             self._leave(self)
         elif isinstance(self._result, Placement):
             self._result.give_back()
         self._result = self._deliver = None
+
+    def _wait_no_more(self) -> None:
+        self.waiting = False
+        if self.patience is not None:
+            self.patience.cancel()
+            self.patience = None
 
 
 class Seats:

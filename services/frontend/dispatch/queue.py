@@ -23,7 +23,7 @@ from services.frontend.dispatch.pair_checks import PairChecks
 from services.frontend.dispatch.targets import Targets
 from services.frontend.link.protocol import Credit
 from services.frontend.router.hints import NO_HINTS, Hints
-from services.frontend.router.placement import Placement, Router, Target, WorkerName
+from services.frontend.router.placement import Incarnation, Placement, Router, Target
 from services.frontend.router.policies.make import Policies
 from services.frontend.router.policies.policy import Prompt
 from services.frontend.router.worker import Worker
@@ -101,11 +101,16 @@ class DispatchQueue:
             self._end_hopeless(ticket.model, [ticket])
 
     def enter_again(
-        self, ticket: Ticket, excluded: frozenset[WorkerName], prompt: Prompt | None = None
+        self,
+        ticket: Ticket,
+        excluded: frozenset[Incarnation],
+        prompt: Prompt | None = None,
+        *,
+        patient: bool = False,
     ) -> Ticket | None:
         """After a failed attempt: at its old place, for workers without `excluded`. None when there are none.
 
-        `prompt` takes the place of the old one.
+        A `patient` one then waits for them, as new requests do for workers. `prompt` takes the place of the old one.
         """
         again = Ticket(
             ticket.model,
@@ -116,8 +121,10 @@ class DispatchQueue:
             ready=self._described,
             leave=self._left,
         )
-        if not any(again.fits(target) for target in self._targets.possible(ticket.model)):
-            return None
+        if not self._fits_somebody(again):
+            if not patient or not self._ready_timeout:
+                return None
+            again.patience = asyncio.get_running_loop().call_later(self._ready_timeout, self._end_patience, again)
         again.prompt = prompt or ticket.prompt
         return self._add(again)
 
@@ -222,10 +229,17 @@ class DispatchQueue:
 
     def _end_hopeless(self, model: str, tickets: Iterable[Ticket]) -> None:
         """Requests whose last possible workers have gone while others of the model are there."""
-        targets = self._targets.possible(model)
-        for ticket in tickets if targets else ():
-            if not any(map(ticket.fits, targets)):
+        for ticket in tickets if self._targets.possible(model) else ():
+            if ticket.patience is None and not self._fits_somebody(ticket):
                 self._settle(ticket, self._router.unmet(model, ticket.hints))
+
+    def _end_patience(self, ticket: Ticket) -> None:
+        ticket.patience = None
+        if not self._fits_somebody(ticket):
+            self._settle(ticket, self._router.unmet(ticket.model, ticket.hints))
+
+    def _fits_somebody(self, ticket: Ticket) -> bool:
+        return any(map(ticket.fits, self._targets.possible(ticket.model)))
 
     def _serve(self, model: str, line: Line) -> None:
         """Hands out what has come, then asks for what is still needed; a stream's credits come at once."""

@@ -16,7 +16,7 @@ from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import generate_pb2, worker_pb2
 from services.frontend.link.protocol import LegFinished
 from services.frontend.request.prepare import PreparedRequest
-from services.frontend.router.placement import Placement, WorkerName, name_of
+from services.frontend.router.placement import Incarnation, Placement, incarnation_of
 from services.frontend.router.worker import Worker
 from services.requests import Sampling
 from services.telemetry import metrics
@@ -57,12 +57,12 @@ class Migration:
         assert self._cause is not None
         return self._cause
 
-    def unfit(self, placement: Placement, rest: PreparedRequest) -> frozenset[WorkerName]:
+    def unfit(self, placement: Placement, rest: PreparedRequest) -> frozenset[Incarnation]:
         """Workers that can't take over: they don't take such a request, or their weights are others."""
         if self._cause is None:
             return frozenset()
         return frozenset(
-            name_of(worker)
+            incarnation_of(worker)
             for worker in placement.workers
             if not _takes(worker.record.runtime, rest) or _weights(worker) != self._weights
         )

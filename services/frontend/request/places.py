@@ -15,7 +15,7 @@ from services.frontend.request.attempt import Attempt
 from services.frontend.request.events import FromQueue, Inbox
 from services.frontend.request.migration import Migration
 from services.frontend.request.prepare import PreparedRequest
-from services.frontend.request.retry import RetryPolicy
+from services.frontend.request.retry import RetryPolicy, leaves
 from services.frontend.router.placement import Placement
 from services.frontend.router.policies.policy import Prompt
 
@@ -41,7 +41,8 @@ class Places:
         self._ticket = ticket
         self._inbox = inbox
         self._retry = RetryPolicy(retries)
-        self._first = True
+        # The last attempt's; None before the first.
+        self._failure: RequestError | None = None
 
     def leave(self) -> None:
         """Gives up the place, or the workers that were not used."""
@@ -61,11 +62,11 @@ class Places:
             try:
                 placement = await self._turn(self._ticket)
             except RequestError as error:
-                if self._first or error.code is not grpc.StatusCode.UNAVAILABLE:
+                if self._failure is None or error.code is not grpc.StatusCode.UNAVAILABLE:
                     raise
-                # All that it was to have are gone; those that it was to do without may be back.
+                # All that it was to have are gone, or didn't come; those that it was to do without may serve again.
                 self._retry.forgive()
-                self._ticket = self._next(error)
+                self._ticket = self._next(self._failure)
                 continue
             unfit = self.migration.unfit(placement, self.rest)
             if not unfit:
@@ -83,9 +84,9 @@ class Places:
             self.rest = self.migration.begin(error, attempt.placement, taken)
         else:
             self._retry.spend(error)
-        self._first = False
+        self._failure = error
         self._retry.failed(attempt.verdict(error))
-        self._ticket = self._next(error)
+        self._ticket = self._next(error, patient=leaves(error))
 
     async def pause(self) -> None:
         """A moment before the next attempt. Raises EndedError."""
@@ -104,11 +105,13 @@ class Places:
                     raise item.result
                 return item.result
 
-    def _next(self, error: RequestError) -> Ticket:
-        prompt = self._prompt()
-        for excluded in self._retry.exclusions():
+    def _next(self, error: RequestError, *, patient: bool = False) -> Ticket:
+        prompt, choices = self._prompt(), list(self._retry.exclusions())
+        for excluded in choices:
             if (again := self._queue.enter_again(self._ticket, excluded, prompt)) is not None:
                 return again
+        if patient and (again := self._queue.enter_again(self._ticket, choices[0], prompt, patient=True)) is not None:
+            return again
         raise error  # nobody is left to try: what failed is the better answer
 
     def _prompt(self) -> Prompt:

@@ -11,7 +11,7 @@ import grpc
 
 from kvbaton.errors import Reason, RequestError
 from services.frontend.request.blame import EITHER_ONES_FAULT, Verdict
-from services.frontend.router.placement import WorkerName, name_of
+from services.frontend.router.placement import Incarnation, incarnation_of
 from services.requests import Role
 
 # The worker that says so, or that can't be reached, is at fault; its peer is not.
@@ -26,6 +26,8 @@ _ONE_WORKERS_FAULT = frozenset(
         Reason.LEG_ENDED_EARLY,
     }
 )
+# That worker will be gone, and another process may take its place. One that is silent may stay so for long.
+_LEAVES = _ONE_WORKERS_FAULT - {Reason.LEG_ENDED_EARLY, Reason.WORKER_SILENT}
 _JITTER_SECONDS = 0.05
 
 
@@ -36,10 +38,10 @@ class RetryPolicy:
     retries_left: int
     # Those that failed it, by role those that may have, those of the last attempt among them, and those that are no
     # good to it.
-    _failed: set[WorkerName] = field(default_factory=set[WorkerName])
-    _suspects: dict[Role, set[WorkerName]] = field(default_factory=lambda: defaultdict(set))
-    _latest: set[WorkerName] = field(default_factory=set[WorkerName])
-    _unfit: set[WorkerName] = field(default_factory=set[WorkerName])
+    _failed: set[Incarnation] = field(default_factory=set[Incarnation])
+    _suspects: dict[Role, set[Incarnation]] = field(default_factory=lambda: defaultdict(set))
+    _latest: set[Incarnation] = field(default_factory=set[Incarnation])
+    _unfit: set[Incarnation] = field(default_factory=set[Incarnation])
 
     def spend(self, error: RequestError) -> None:
         """One more try before the first token. Raises the error where there is none left."""
@@ -49,14 +51,14 @@ class RetryPolicy:
 
     def failed(self, verdict: Verdict) -> None:
         """By these workers, or one of them, an attempt has failed."""
-        self._latest = {name_of(worker) for worker in verdict.suspects}
+        self._latest = {incarnation_of(worker) for worker in verdict.suspects}
         if len(verdict.suspects) == 1:
             self._failed |= self._latest
             return
         for worker in verdict.suspects:
-            self._suspects[worker.role].add(name_of(worker))
+            self._suspects[worker.role].add(incarnation_of(worker))
 
-    def exclude(self, unfit: Collection[WorkerName]) -> None:
+    def exclude(self, unfit: Collection[Incarnation]) -> None:
         """These workers can't help, through no fault of theirs."""
         self._unfit.update(unfit)
 
@@ -66,7 +68,7 @@ class RetryPolicy:
         self._suspects.clear()
         self._latest.clear()
 
-    def exclusions(self) -> Iterator[frozenset[WorkerName]]:
+    def exclusions(self) -> Iterator[frozenset[Incarnation]]:
         """Workers to do without, the safest choice first.
 
         Of two workers that may both be the cause one is innocent: without another pair, another prefill with the
@@ -89,3 +91,8 @@ def retryable(error: RequestError) -> bool:
     if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED):
         return False
     return error.reason in _ONE_WORKERS_FAULT | EITHER_ONES_FAULT
+
+
+def leaves(error: RequestError) -> bool:
+    """Whether the worker is on its way out, so that waiting for its successor makes sense."""
+    return error.reason in _LEAVES

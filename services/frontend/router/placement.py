@@ -19,13 +19,13 @@ from services.modes import EMBED, GENERATE
 from services.registry.compat import describe_differences
 from services.requests import Limits, Role
 
-# A worker among all: two roles may have the same instance id.
-WorkerName = tuple[Role, str]
+# One process of a worker. Another role may have its instance id, and so has the process that takes its place.
+Incarnation = str
 
 
-def name_of(worker: Worker) -> WorkerName:
-    """Its role and instance id; the process that takes its place has the same."""
-    return (worker.role, worker.instance_id)
+def incarnation_of(worker: Worker) -> Incarnation:
+    """The uuid of its record."""
+    return worker.record.incarnation.uuid
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class Target:
         """All of them."""
         return [self.decode, *self.prefills]
 
-    def possible(self, excluded: frozenset[WorkerName], hints: Hints = NO_HINTS) -> bool:
+    def possible(self, excluded: frozenset[Incarnation], hints: Hints = NO_HINTS) -> bool:
         """Whether it can run a request without the `excluded` workers, on those that `hints` name."""
-        if hints.decode not in ("", self.decode.instance_id) or (excluded and name_of(self.decode) in excluded):
+        if hints.decode not in ("", self.decode.instance_id) or (excluded and incarnation_of(self.decode) in excluded):
             return False
         if self.aggregated:
             return not hints.prefill
@@ -90,10 +90,10 @@ class Target:
             return bool(self.prefills)
         return any(True for _ in self.prefills_for(excluded, hints))
 
-    def prefills_for(self, excluded: frozenset[WorkerName], hints: Hints) -> Iterator[Worker]:
+    def prefills_for(self, excluded: frozenset[Incarnation], hints: Hints) -> Iterator[Worker]:
         """The prefill workers that such a request may go to."""
         for prefill in self.prefills:
-            if not (excluded and name_of(prefill) in excluded) and hints.prefill in ("", prefill.instance_id):
+            if not (excluded and incarnation_of(prefill) in excluded) and hints.prefill in ("", prefill.instance_id):
                 yield prefill
 
 

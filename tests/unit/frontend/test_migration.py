@@ -20,16 +20,20 @@ GREEDY = Sampling(max_new_tokens=10, min_new_tokens=4, temperature=0.0, stop_tok
 DEAD = RequestError(
     grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_DEAD, "killed", leg="decode", worker="d0", room=5, retry_after=1.0
 )
-BOTH = {(Role.PREFILL, "p0"), (Role.DECODE, "d0")}
+BOTH = {"p0", "d0"}
 LENGTH, STOP = generate_pb2.FINISH_REASON_LENGTH, generate_pb2.FINISH_REASON_STOP
 
 
 def placement(*, revision: str = "r1", **limits: Any) -> Any:
     defaults = {"max_prompt_tokens": 100, "context_length": 200, "seeded_sampling": True, "cache_salts": True}
     runtime = SimpleNamespace(kv_cache_dtype="bf16", **{**defaults, **limits})
-    record = SimpleNamespace(runtime=runtime, model=SimpleNamespace(revision=revision))
     workers = [
-        SimpleNamespace(role=role, instance_id=name, record=record)
+        SimpleNamespace(
+            role=role,
+            record=SimpleNamespace(
+                runtime=runtime, model=SimpleNamespace(revision=revision), incarnation=SimpleNamespace(uuid=name)
+            ),
+        )
         for role, name in ((Role.PREFILL, "p0"), (Role.DECODE, "d0"))
     ]
     return SimpleNamespace(workers=workers, decode=workers[1])

@@ -26,6 +26,7 @@ from services.frontend.router.policies.policy import Candidate, Choice, Policy, 
 from services.frontend.router.policies.round_robin import RoundRobin
 from services.frontend.router.worker import WorkerRank
 from services.requests import Role
+from tests.support.waiting import eventually
 
 MODEL = "m"
 PROMPT = Prompt([1, 2, 3])
@@ -58,7 +59,9 @@ class FakeWorker:
         self, name: str, role: Role, free: int = 0, window: int = 4, model: str = MODEL, dp_size: int = 1
     ) -> None:
         self.instance_id, self.role = name, role
-        self.record = worker_pb2.WorkerRecord(instance_id=name, incarnation=worker_pb2.Incarnation(uuid=name))
+        self.record = worker_pb2.WorkerRecord(
+            instance_id=name, incarnation=worker_pb2.Incarnation(uuid=f"{role}/{name}")
+        )
         self.record.model.name = model
         self.link = FakeLink(free, window)
         self.load = WorkerLoad(dp_size)
@@ -342,7 +345,7 @@ def test_a_retry_waits_at_its_old_place_for_other_workers() -> None:
     first = house.enter()
     house.grant(d0)
     later = house.enter()
-    again = house.queue.enter_again(first, frozenset({(Role.DECODE, "d0")}))
+    again = house.queue.enter_again(first, frozenset({"decode/d0"}))
     assert again is not None
     assert house.asked() == [1, 2], "the excluded worker is not asked for it"
     house.grant(d0)
@@ -355,21 +358,60 @@ def test_there_is_no_retry_when_nobody_is_left() -> None:
     house = House(worker := decode())
     ticket = house.enter()
     house.grant(worker)
-    assert house.queue.enter_again(ticket, frozenset({(Role.DECODE, "d0")})) is None
-    assert house.queue.enter_again(ticket, frozenset({(Role.PREFILL, "p0")})) is None
+    assert house.queue.enter_again(ticket, frozenset({"decode/d0"})) is None
+    assert house.queue.enter_again(ticket, frozenset({"prefill/p0"})) is None
 
 
 def test_one_instance_id_in_two_roles_is_two_workers() -> None:
     house = House(worker := decode("p0"))
     ticket = house.enter()
     house.grant(worker)
-    assert house.queue.enter_again(ticket, frozenset({(Role.PREFILL, "p1"), (Role.DECODE, "d0")})) is not None
-    assert house.queue.enter_again(ticket, frozenset({(Role.PREFILL, "p0")})) is None
-    assert house.queue.enter_again(ticket, frozenset({(Role.DECODE, "p0")})) is None
+    assert house.queue.enter_again(ticket, frozenset({"prefill/p1", "decode/d0"})) is not None
+    assert house.queue.enter_again(ticket, frozenset({"prefill/p0"})) is None
+    assert house.queue.enter_again(ticket, frozenset({"decode/p0"})) is None
     house = House(worker := decode("p0"), decode("d1"))
     ticket = house.enter()
     house.grant(worker)
-    assert house.queue.enter_again(ticket, frozenset({(Role.DECODE, "p0")})) is not None
+    assert house.queue.enter_again(ticket, frozenset({"decode/p0"})) is not None
+
+
+async def test_a_patient_retry_waits_for_the_process_that_takes_the_workers_place() -> None:
+    house = House(worker := decode(), prefills=1, ready_timeout=5.0)
+    ticket = house.enter()
+    house.grant(worker)
+    again = house.queue.enter_again(ticket, frozenset({"decode/d0"}), patient=True)
+    assert again is not None
+    house.queue.workers_changed()
+    assert again.waiting, "the one that is still here is on its way out"
+    successor = decode(free=1)
+    successor.record.incarnation.uuid = "another"
+    house.decodes[0] = successor
+    house.router.all = [Target(cast("Any", successor), tuple(cast("Any", house.prefills)))]
+    house.queue.workers_changed()
+    house.grant(successor)
+    assert placed(again).decode.record.incarnation.uuid == "another"
+
+
+async def test_its_patience_ends() -> None:
+    house = House(worker := decode(), ready_timeout=0.05)
+    ticket = house.enter()
+    house.grant(worker)
+    again = house.queue.enter_again(ticket, frozenset({"decode/d0"}), patient=True)
+    assert again is not None
+    await eventually(lambda: not again.waiting)
+    assert isinstance(result(again), RequestError)
+    assert len(house.queue) == 0
+
+
+async def test_a_patient_retry_that_leaves_is_forgotten() -> None:
+    house = House(worker := decode(), ready_timeout=5.0)
+    ticket = house.enter()
+    house.grant(worker)
+    again = house.queue.enter_again(ticket, frozenset({"decode/d0"}), patient=True)
+    assert again is not None
+    again.leave()
+    assert again.patience is None
+    assert len(house.queue) == 0
 
 
 async def test_everybody_who_waits_is_told_when_the_last_worker_goes() -> None:
@@ -455,7 +497,7 @@ def test_a_retry_that_can_not_use_the_only_proven_pair_does_not_spin() -> None:
     house.pairs.set("p1", "d0", PairState.CHECKING)
     first = house.enter()
     house.grant(worker)
-    again = house.queue.enter_again(first, frozenset({(Role.PREFILL, "p0")}))
+    again = house.queue.enter_again(first, frozenset({"prefill/p0"}))
     assert again is not None
     assert worker.link.asked == 0
     house.grant(worker)
@@ -467,7 +509,7 @@ def test_a_retry_whose_last_possible_worker_goes_is_told() -> None:
     house = House(d0 := decode("d0"), decode("d1"))
     first = house.enter()
     house.grant(d0)
-    again = house.queue.enter_again(first, frozenset({(Role.DECODE, "d0")}))
+    again = house.queue.enter_again(first, frozenset({"decode/d0"}))
     assert again is not None
     house.router.all = house.router.all[:1]
     house.queue.workers_changed()
@@ -720,7 +762,7 @@ def test_a_named_worker_that_has_failed_a_request_is_not_replaced() -> None:
     house = House(d0 := decode("d0", free=4), decode("d1", free=4))
     ticket = house.enter(hints=Hints(decode="d0"))
     house.grant(d0)
-    assert house.queue.enter_again(ticket, frozenset({(Role.DECODE, "d0")})) is None
+    assert house.queue.enter_again(ticket, frozenset({"decode/d0"})) is None
 
 
 def test_under_the_policy_direct_every_request_names_its_workers() -> None:

@@ -5,16 +5,23 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from kvbaton.v1 import worker_pb2
 from services.frontend.request.blame import Verdict
 from services.frontend.request.retry import RetryPolicy
 from services.requests import Role
 
-P0, P1, D0, D1 = (Role.PREFILL, "p0"), (Role.PREFILL, "p1"), (Role.DECODE, "d0"), (Role.DECODE, "d1")
+P0, P1, D0, D1 = "p0", "p1", "d0", "d1"
 
 
-def by(*names: tuple[Role, str]) -> Verdict:
-    """One of these has failed."""
-    workers: list[Any] = [SimpleNamespace(role=role, instance_id=instance_id) for role, instance_id in names]
+def by(*uuids: str) -> Verdict:
+    """One of these incarnations has failed."""
+    workers: list[Any] = [
+        SimpleNamespace(
+            role=Role.PREFILL if uuid.startswith("p") else Role.DECODE,
+            record=worker_pb2.WorkerRecord(incarnation=worker_pb2.Incarnation(uuid=uuid)),
+        )
+        for uuid in uuids
+    ]
     return Verdict(tuple(workers), faulty=True)
 
 
