@@ -25,7 +25,7 @@ from kvbaton.errors import Reason
 from tests.support.fault_cluster import FaultCluster
 from tests.support.fault_matrix import Fault
 from tests.support.injection import Target, inject, repair
-from tests.support.resources import ONE_TRIMMED_ARENA, Footprint, footprints, gauges
+from tests.support.resources import ONE_TRIMMED_ARENA, check_flat, footprints, gauges, settled
 from tests.support.subject import Subject, ended_lines
 from tests.support.waiting import eventually
 
@@ -36,7 +36,6 @@ SUCCEED = 0.99
 MEMORY_GROWTH = 0.10
 # A worker's streams and connections come back one after the other, and one of them may be between two tries.
 SETTLING = 5.0
-SETTLES_WITHIN = 60.0
 FLUCTUATION = 2
 FAULT_EVERY = 1.0
 # How many times fewer a busy machine may have.
@@ -257,7 +256,8 @@ async def test_five_thousand_requests_under_faults(tmp_path: Path) -> None:
             await load.run(lambda: len(load.sent) < requests)
         await cluster.at_rest()
         lived = ["frontend", cluster.prefills[0], cluster.decodes[0]]
-        after = await settled(cluster, before, lived)
+        before = {name: before[name] for name in lived}
+        after = await settled(cluster.processes, before, fluctuation=FLUCTUATION)
         failed = sum(load.errors.values())
         seconds = time.monotonic() - started
         print(f"{load.succeeded} succeeded, {failed} failed, {load.given_up} given up in {seconds:.0f} s")
@@ -268,7 +268,7 @@ async def test_five_thousand_requests_under_faults(tmp_path: Path) -> None:
     assert load.succeeded + failed + load.given_up == len(load.sent) == requests
     assert load.succeeded >= SUCCEED * (requests - load.given_up)
     assert mean(trouble.pauses) < SLACK * FAULT_EVERY
-    check_flat({name: (before[name], after[name]) for name in lived})
+    check_flat(before, after, growth=MEMORY_GROWTH, fluctuation=FLUCTUATION)
 
 
 async def check_ends(cluster: FaultCluster, load: Load) -> None:
@@ -277,32 +277,8 @@ async def check_ends(cluster: FaultCluster, load: Load) -> None:
     async def none_left() -> bool:
         return (await gauges(cluster.processes.metrics_endpoints["frontend"]))["kvbaton_live_requests"] == 0
 
-    await eventually(none_left, within=SETTLES_WITHIN, every=0.1, what="no live request")
+    await eventually(none_left, within=30, every=0.1, what="no live request")
     ends = Counter(line["request_id"] for line in ended_lines(cluster.processes.log("frontend")))
     assert not [request for request, count in ends.items() if count > 1], "requests that ended twice"
     assert not ends.keys() - load.sent, "ends of requests that nobody has sent"
     assert not load.sent - ends.keys() - load.unheard, "requests without an end"
-
-
-async def settled(cluster: FaultCluster, before: dict[str, Footprint], names: list[str]) -> dict[str, Footprint]:
-    """The footprints, once they are what they were: what waits for a broken peer gives up within a minute."""
-    until = time.monotonic() + SETTLES_WITHIN
-    while True:
-        found = await footprints(cluster.processes)
-        flat = all(is_flat(before[name], found[name]) for name in names)
-        if flat or time.monotonic() > until:
-            return found
-
-
-def is_flat(before: Footprint, after: Footprint) -> bool:
-    """Whether tasks and files are as many as before."""
-    return after.tasks <= before.tasks + FLUCTUATION and after.files <= before.files + FLUCTUATION
-
-
-def check_flat(footprints: dict[str, tuple[Footprint, Footprint]]) -> None:
-    """Nothing has grown."""
-    for name, (before, after) in footprints.items():
-        print(f"{name}: {before} -> {after}, memory {after.resident / before.resident - 1:+.2%}")
-    for name, (before, after) in footprints.items():
-        assert is_flat(before, after), name
-        assert after.resident <= before.resident * (1 + MEMORY_GROWTH), name

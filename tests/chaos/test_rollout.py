@@ -48,7 +48,10 @@ async def cluster(etcd_endpoint: str, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def client(cluster: Processes) -> AsyncIterator[Client]:
-    """Of the first frontend, which has all workers and all pairs proven."""
+    """Of the first frontend, which has all workers. What a test has ended, or one that failed, is started again."""
+    for name, process in cluster.processes.items():
+        if process.poll() is not None:
+            cluster.restart(name)
     async with Client(cluster.target, timeout=60) as client:
         await all_routable(client, 4)
         await all_proven(cluster, client, 4)
@@ -77,7 +80,6 @@ async def test_a_worker_drains_without_a_failed_request(cluster: Processes, clie
     async with load(client):
         assert await asyncio.to_thread(cluster.terminate, name) == 0
         await all_routable(client, 3)
-    cluster.restart(name)
 
 
 async def test_a_frontend_drains_without_a_failed_request(cluster: Processes, client: Client) -> None:
@@ -97,7 +99,6 @@ async def test_a_frontend_drains_without_a_failed_request(cluster: Processes, cl
         with pytest.raises(RequestError) as caught:
             await ask(client, prompt_tokens=40, tokens=4, timeout=5)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
-    cluster.restart("frontend")
 
 
 @pytest.mark.peers(2, 8)

@@ -19,6 +19,9 @@ from tests.support.waiting import eventually
 
 MAX_BUFFERED = 64 * 1024
 TOKENS = 20_000
+# Seconds. The engine must make most of its tokens first.
+WITHIN = 60.0
+LOOKS = 5
 # Without these gRPC would read some hundred KiB ahead for a client that doesn't.
 NO_READING_AHEAD = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
 
@@ -42,7 +45,8 @@ async def test_a_client_that_does_not_read_is_cut_off(processes: Processes) -> N
     ):
         await all_routable(client, 2)
         await ask(client, prompt_tokens=40, tokens=4)
-        tasks_at_rest = await event_loop_tasks(processes)
+        # The first request's last tasks may be there yet.
+        tasks_at_rest = min([await event_loop_tasks(processes) for _ in range(LOOKS)])
 
         prompt = fresh_prompt(40)
         request = generate_pb2.GenerateRequest(
@@ -60,8 +64,10 @@ async def test_a_client_that_does_not_read_is_cut_off(processes: Processes) -> N
             # gRPC itself waits for the client to take the status, or to hang up.
             return not await holding(processes) and await event_loop_tasks(processes) <= tasks_at_rest + 1
 
-        await eventually(over_for_the_frontend, every=0.1)
-        await eventually(nothing_is_left, every=0.1, what="nothing left, although the client has not read")
+        await eventually(over_for_the_frontend, within=WITHIN, every=0.1)
+        await eventually(
+            nothing_is_left, within=WITHIN, every=0.1, what="nothing left, although the client has not read"
+        )
         assert not call.done()
 
         async def read_on() -> None:
@@ -77,9 +83,9 @@ async def test_a_client_that_does_not_read_is_cut_off(processes: Processes) -> N
         assert len(received) < TOKENS
 
         async def at_rest() -> bool:
-            return await event_loop_tasks(processes) == tasks_at_rest
+            return await event_loop_tasks(processes) <= tasks_at_rest
 
-        await eventually(at_rest, every=0.1)
+        await eventually(at_rest, within=WITHIN, every=0.1)
 
 
 async def test_a_client_that_reads_gets_an_answer_much_longer_than_the_limit(processes: Processes) -> None:

@@ -20,7 +20,7 @@ from kvbaton.errors import RequestError
 from kvbaton.v1.generate_pb2 import GenerateResponse
 from services.frontend.request.states import State
 from tests.support.processes import Processes, all_routable
-from tests.support.resources import ONE_TRIMMED_ARENA, footprints, gauges
+from tests.support.resources import ONE_TRIMMED_ARENA, check_flat, footprints, gauges, settled
 from tests.support.simulator import Simulator
 from tests.support.traffic import WRONG_ANSWER, fresh_prompt, greedy, oracle
 from tests.support.waiting import eventually
@@ -190,19 +190,12 @@ async def test_ten_thousand_requests_leave_nothing_behind(processes: Processes) 
         before = await footprints(processes)
         await load.run(REQUESTS - WARM_UP, CONCURRENCY)
         await at_rest(processes)
-        after = await footprints(processes)
+        after = await settled(processes, before)
         seconds = time.monotonic() - started
 
     phases = phases_of_cancels(processes.log("frontend"))
     print(f"{load.finished} finished, {load.cancelled} cancelled in {seconds:.0f} s; cancels in {dict(phases)}")
-    for name in before:
-        print(
-            f"{name}: {before[name]} -> {after[name]}, memory {after[name].resident / before[name].resident - 1:+.2%}"
-        )
     assert load.finished + load.cancelled == REQUESTS
     for phase in (QUEUED, State.BOOTSTRAPPING, State.PREFILLING, State.TRANSFERRING, State.DECODING):
         assert phases[phase] >= CANCELS_IN_EACH_PHASE, phases
-    for name in before:
-        assert after[name].tasks == before[name].tasks, name
-        assert after[name].files == before[name].files, name
-        assert after[name].resident <= before[name].resident * (1 + MEMORY_GROWTH), name
+    check_flat(before, after, growth=MEMORY_GROWTH)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +30,11 @@ class Footprint:
     tasks: int
 
 
-async def footprints(processes: Processes) -> dict[str, Footprint]:
+async def footprints(processes: Processes, names: Iterable[str] | None = None) -> dict[str, Footprint]:
     """Of every process; the smallest of some looks, since heartbeats and the looks themselves open connections."""
     found: dict[str, Footprint] = {}
-    for name, endpoint in processes.metrics_endpoints.items():
+    for name in names or processes.metrics_endpoints:
+        endpoint = processes.metrics_endpoints[name]
         looks = [await _look(processes.pid(name), endpoint) for _ in range(_LOOKS)]
         found[name] = Footprint(
             resident=min(look.resident for look in looks),
@@ -39,6 +42,33 @@ async def footprints(processes: Processes) -> dict[str, Footprint]:
             tasks=min(look.tasks for look in looks),
         )
     return found
+
+
+async def settled(
+    processes: Processes, before: Mapping[str, Footprint], *, fluctuation: int = 0, within: float = 60.0
+) -> dict[str, Footprint]:
+    """The footprints, once they are what they were: what waits for a broken peer gives up within a minute."""
+    until = time.monotonic() + within
+    while True:
+        found = await footprints(processes, before)
+        if time.monotonic() > until or all(_is_flat(before[name], found[name], fluctuation) for name in before):
+            return found
+
+
+def check_flat(
+    before: Mapping[str, Footprint], after: Mapping[str, Footprint], *, growth: float, fluctuation: int = 0
+) -> None:
+    """Tasks and files are no more than before, but for the `fluctuation`, and memory has not grown by a larger part."""
+    for name in before:
+        grown = after[name].resident / before[name].resident - 1
+        print(f"{name}: {before[name]} -> {after[name]}, memory {grown:+.2%}")
+    for name in before:
+        assert _is_flat(before[name], after[name], fluctuation), name
+        assert after[name].resident <= before[name].resident * (1 + growth), name
+
+
+def _is_flat(before: Footprint, after: Footprint, fluctuation: int) -> bool:
+    return after.tasks <= before.tasks + fluctuation and after.files <= before.files + fluctuation
 
 
 async def _look(pid: int, endpoint: str) -> Footprint:
