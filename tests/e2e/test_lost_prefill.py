@@ -17,10 +17,12 @@ async def test_the_worker_was_killed_amid_the_transfer(lost_prefill: LostPrefill
     assert lost_prefill.held >= len(PROMPT)
 
 
+@pytest.mark.peers(1)
 async def test_decode_gives_the_pages_back_although_nobody_confirms(lost_prefill: LostPrefill) -> None:
     assert lost_prefill.free_after < SLACK * FREE_WITHIN
 
 
+@pytest.mark.peers(2)
 async def test_the_request_is_answered_by_the_worker_that_comes_back(lost_prefill: LostPrefill) -> None:
     assert len(lost_prefill.undisturbed) == SAMPLING.max_new_tokens
     assert lost_prefill.retried.token_ids == lost_prefill.undisturbed

@@ -21,8 +21,8 @@ from tests.support.relay import RELAYED_HOST, Relay
 from tests.support.simulator import Simulator
 from tests.support.waiting import eventually
 
-# SGLang's own decode holds the pages of a killed prefill's transfer for up to 30 s, and takes a prefill for dead after
-# 10 s. The simulated one knows both earlier, so that what is seen here is the time that Baton takes.
+# SGLang needs a second or two for the pages of a killed prefill's transfer, and up to 5 s to take a prefill for
+# dead. The simulated one knows both earlier, so that what is seen here is the time that Baton takes.
 _DECODE = "release_on_disconnect=true,reconnect=true,heartbeat_interval=0.4,heartbeat_timeout=0.4,heartbeat_failures=2"
 _PREFILL = "prefix_cache=false"
 

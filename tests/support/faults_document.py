@@ -36,9 +36,10 @@ The times are those of one recorded run on two shared cores, in seconds; they di
 - **slot free**: until the surviving legs' workers have neither the request nor pages of it. Where it counts from the
   thaw or repair, the other side could still write into the pages until then, or could not be told.
 
-With SGLang two of them take longer than here: its decode worker holds the pages of a killed prefill's transfer for up
-to 30 s, and takes a silent prefill for dead after 10 s. The simulated one learns both within a second, so that what is
-seen is the time that Baton takes.
+With SGLang two of them take longer than here: its decode worker gives the pages of a killed prefill's transfer back
+when prefill's own port has refused connections for a second (`tests/e2e/test_lost_prefill.py`; 30 s where the whole
+host is away), and takes a silent prefill for dead after up to 5 s. The simulated one learns both within a second, so
+that what is seen is the time that Baton takes.
 
 | phase | fault | outcome | noticed | ended | slot free |
 |---|---|---|---|---|---|
