@@ -15,8 +15,10 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import grpc
 import pytest
@@ -148,14 +150,14 @@ class Planned:
         return next((name for name in mortal if name in left and len(left) > 1), None)
 
 
-def plan(rng: random.Random, cluster: FaultCluster) -> Iterator[Planned]:
+def plan(rng: random.Random, prefills: list[str], decodes: list[str]) -> Iterator[Planned]:
     """Every fault once in each round, in an order of its own."""
     while True:
         for fault in rng.sample(FAULTS, len(FAULTS)):
             yield Planned(
                 fault,
-                rng.sample(cluster.prefills, len(cluster.prefills)),
-                rng.sample(cluster.decodes, len(cluster.decodes)),
+                rng.sample(prefills, len(prefills)),
+                rng.sample(decodes, len(decodes)),
                 rng.uniform(*SILENCE),
             )
 
@@ -235,6 +237,22 @@ class Trouble:
             await self._etcd_starts
 
 
+def test_a_seed_has_one_plan_which_leaves_a_worker_of_each_role() -> None:
+    prefills, decodes = ["prefill0", "prefill1"], ["decode0", "decode1", "decode2"]
+    plans = [list(islice(plan(random.Random(7), prefills, decodes), 10 * len(FAULTS))) for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert Counter(planned.fault for planned in plans[0]) == dict.fromkeys(FAULTS, 10)
+    cluster: Any = object()
+    for planned in plans[0]:
+        role = planned.fault in PREFILL_FAULTS, planned.fault in DECODE_FAULTS
+        assert (planned.target(cluster, {"prefill0", "decode0"}) is None) is any(role)
+        assert (planned.target(cluster, {"prefill1", "decode0", "decode1"}) is None) is role[0]
+        target = planned.target(cluster, {*prefills, *decodes})
+        assert target is not None
+        if planned.fault in KILLS:
+            assert "0" not in (target.prefill if role[0] else target.decode), "it lives as long as the test"
+
+
 @pytest.mark.peers(1, 3, 13)
 async def test_five_thousand_requests_under_faults(tmp_path: Path) -> None:
     seed = int(os.environ.get("KVBATON_CHAOS_SEED") or random.randrange(2**32))
@@ -244,7 +262,7 @@ async def test_five_thousand_requests_under_faults(tmp_path: Path) -> None:
     cluster.also_frontend("frontend", "--heartbeat", f"{HEARTBEAT:g}")
     async with cluster:
         load = Load(cluster, random.Random(seed))
-        trouble = Trouble(cluster, load, plan(random.Random(seed), cluster))
+        trouble = Trouble(cluster, load, plan(random.Random(seed), cluster.prefills, cluster.decodes))
         async with trouble.during():
             await load.run(lambda: len(load.sent) < WARM_UP or not trouble.complete)
         await cluster.at_rest()

@@ -153,3 +153,11 @@ def test_who_does_as_it_should_is_avoided_all_the_same(reason: Reason) -> None:
     blame, _, _ = pair()
     verdict = blame.verdict(error(reason, "prefill"))
     assert ([worker.role for worker in verdict.suspects], verdict.faulty) == ([Role.PREFILL], False)
+
+
+def test_an_error_that_names_nobody_may_be_either_ones_and_counts_for_neither() -> None:
+    blame, prefill, decode = pair()
+    verdict = blame.verdict(error(Reason.INTERNAL, code=grpc.StatusCode.INTERNAL))
+    assert (len(verdict.suspects), verdict.faulty) == (2, False)
+    blame.ended(answered=False, error=error(Reason.INTERNAL, code=grpc.StatusCode.INTERNAL))
+    assert (prefill.heard, decode.heard) == ([], [])

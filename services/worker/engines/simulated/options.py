@@ -73,7 +73,7 @@ class SimulatedOptions:
     release_timeout: float = 30.0
     release_on_disconnect: bool = False
     """Also let go when the writer's connection is gone. SGLang by itself doesn't, even after a heartbeat has failed;
-    with Baton 0.5.23 does when the writer's port refuses connections (`engines/sglang_writers.py`)."""
+    hosted by Baton, 0.5.23 does when the writer's port refuses connections (`engines/sglang_writers.py`)."""
     reconnect: bool = False
     """Decode forgets a prefill as soon as a connection to it breaks, and connects anew for the next request.
 
