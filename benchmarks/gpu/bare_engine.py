@@ -11,8 +11,12 @@ import contextlib
 import json
 import os
 import signal
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def main() -> None:
@@ -20,16 +24,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=Path, required=True)
     parsed, native_args = parser.parse_known_args()
+    on_cpu = "cpu" in native_args
+    if on_cpu:
+        _prepare_cpu()
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.server_args import prepare_server_args
 
+    engine_class: Any = type("CpuEngine", (Engine,), _cpu_entry_points()) if on_cpu else Engine
     # As in Baton: ids in, ids out, deltas instead of everything again.
     own = ["--skip-tokenizer-init", "--incremental-streaming-output", "--log-level", "warning"]
-    engine = Engine(server_args=prepare_server_args([*native_args, *own]))
+    engine = engine_class(server_args=prepare_server_args([*native_args, *own]))
     try:
         asyncio.run(serve(engine, parsed.socket))
     finally:
         engine.shutdown()
+
+
+def _prepare_cpu() -> None:
+    """What SGLang needs where there is no GPU: Baton's stand-ins. Only to try the benchmark out."""
+    from services.worker.engines.sglang_launch import CPU_STANDINS, prepare_import_path
+
+    path = [str(CPU_STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "UCX_MEM_MMAP_HOOK_MODE": "none",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "TMPDIR": tempfile.mkdtemp(prefix="kvb-"),
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+    prepare_import_path("cpu")
+
+
+def _cpu_entry_points() -> dict[str, Any]:
+    from services.worker.engines.sglang_child import run_scheduler
+
+    return {"run_scheduler_process_func": staticmethod(run_scheduler)}
 
 
 async def serve(engine: Any, path: Path) -> None:

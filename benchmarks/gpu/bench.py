@@ -1,41 +1,32 @@
 """Stage `bench`: Baton's pair and bare SGLang's pair on the same two GPUs, the same loads in turn, one table.
 
 Both pairs are up all the time, and an engine without requests leaves its GPU alone. Each round runs every load on one
-system and then on the other, in alternating order; the table has the rounds together.
+system and then on the other, in alternating order; the table has the rounds together. With `--variant` there is a run
+for each set of flags, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import json
-import platform
 import re
-import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from openai import AsyncOpenAI
 
-from benchmarks.gpu.bare import BareAggregated, BareEngine, BarePair
-from benchmarks.gpu.load import Load, run
+from benchmarks.gpu.launch import Running, Setup, bare_aggregated, bare_pair, baton, share, with_words
+from benchmarks.gpu.load import Load
+from benchmarks.gpu.load import run as run_load
+from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.rows import Measured, table, write_times
-from benchmarks.gpu.systems import Baton, System, Workers
+from benchmarks.gpu.startup import startups
+from benchmarks.gpu.systems import Baton, Http, System, Workers
+from benchmarks.gpu.variants import Variant, variant
 from kvbaton.client import Client
 from kvbaton.v1 import worker_pb2
-from services.tools.cluster import LocalCluster
-from services.tools.options import ClusterOptions
 
-BOOTSTRAP_PORT = 18998
-MODEL = Path(__file__).resolve().parents[2] / "tests/gpu/qwen3-8b-shape"
-GPU_FLAGS = (
-    *("--load-format", "dummy", "--random-seed", "1", "--page-size", "16"),
-    *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
-    *("--cuda-graph-backend-prefill", "disabled", "--cuda-graph-max-bs-decode", "64"),
-    *("--max-total-tokens", "150000"),
-)
 LOADS = (
     Load(500, 32, requests=16, concurrency=1),
     Load(2000, 32, requests=16, concurrency=1),
@@ -46,123 +37,140 @@ LOADS = (
     Load(4000, 32, requests=96, concurrency=32),
     Load(2000, 128, requests=100, rate=8.0),
 )
-QUICK = (Load(64, 8, requests=4, concurrency=1), Load(64, 8, requests=12, concurrency=4))
+QUICK = (
+    Load(64, 8, requests=4, concurrency=1),
+    Load(64, 8, requests=12, concurrency=4),
+    Load(64, 8, requests=4, rate=2.0),
+)
+# Ways to engines that another system has started.
+_SHARED = {"workers": " again", "http": " over http"}
 
 
-async def main(parsed: argparse.Namespace) -> int:
-    """The exit status: 1 when a request failed."""
-    out: Path = parsed.out
-    loads = [load for load in (QUICK if parsed.quick else LOADS) if re.search(parsed.loads, load.name)]
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of which systems."""
+
+    systems: tuple[str, ...]
+    loads: tuple[Load, ...]
+    rounds: int
+    seed: str = ""
+    """Of prompts, so that no prefix cache has them from an earlier run."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Its own."""
+    known = "baton, http (Baton's), workers (Baton's, without the frontend), bare, baton-agg, bare-agg"
+    parser.add_argument("--systems", default="baton,http,bare", help=f"of {known}, in this order")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--loads", default="", help="only those whose names this regular expression is found in")
+    parser.add_argument("--variant", type=variant, action="append", default=[], help="NAME=FLAGS and VARIABLES")
+    parser.add_argument("--frontend-env", action="append", default=[], help="NAME=VALUE for Baton's frontend")
+
+
+async def run(parsed: argparse.Namespace, setup: Setup, outcome: Outcome) -> None:
+    """Plain, or once for each variant."""
+    loads = tuple(load for load in (QUICK if parsed.quick else LOADS) if re.search(parsed.loads, load.name))
+    plan = Plan(tuple(parsed.systems.split(",")), loads, parsed.rounds)
+    frontend = dict(pair.split("=", 1) for pair in parsed.frontend_env)
+    if "http" in plan.systems:
+        setup = with_words(setup, setup.logs / "shape")
+    variants: list[Variant] = parsed.variant or [Variant("")]
+    outcome.data["rows"], outcome.data["startups"] = [], []
+    for each in variants:
+        changed = each.applied(setup)
+        await outcome.part(each.name or "bench", _measure(plan, changed, frontend, each.name, outcome), needs=60)
+    outcome.tables.append(table(outcome.data["rows"]))
+
+
+async def _measure(plan: Plan, setup: Setup, frontend: dict[str, str], variant: str, outcome: Outcome) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        systems: list[System] = []
-        for name in parsed.systems.split(","):
-            began = time.monotonic()
-            systems += await stack.enter_async_context(_started(name, parsed, out, len(systems)))
-            print(f"{name}: up after {time.monotonic() - began:.0f} s", flush=True)
-        # Two ways to the same engines: the second one would find the first one's prompts in the prefix cache.
-        shared = {"workers": " again"}
+        systems = await _start(plan, setup, frontend, outcome, stack)
         for system in systems:
-            for load in loads:  # every shape of batch once
-                warm = Load(load.input_tokens, 4, requests=2 if not load.rate else 8, concurrency=load.concurrency or 8)
-                await run(warm, system, "warm-up")
-        measured = {(load.name, each.name): Measured(load.name, each.name) for load in loads for each in systems}
-        for number in range(parsed.rounds):
-            for load in loads:
-                for system in systems if number % 2 == 0 else reversed(systems):
-                    turn = await run(load, system, f"round {number}{shared.get(system.name, '')}")
-                    measured[load.name, system.name].rounds.append(turn)
-                    for outcome, example in turn.results.examples.items():
-                        print(f"{system.name} {load.name}: {outcome}: {example}", flush=True)
-    rows = [each.row() for each in measured.values()]
-    write_times(list(measured.values()), out / "times.json.gz")
-    (out / "bench.json").write_text(json.dumps({"host": platform.node(), "rows": rows}, indent=1))
-    print(table(rows))
-    return 1 if any(row["failed"] for row in rows) else 0
+            for load in plan.loads:  # every shape of batch once
+                await run_load(_warm(load), system, "warm-up", setup.vocabulary)
+        measured = {(load.name, each.name): Measured(load.name, each.name) for load in plan.loads for each in systems}
+        try:
+            await _rounds(plan, systems, measured, setup.vocabulary)
+        finally:
+            _keep([each for each in measured.values() if each.rounds], variant, setup, outcome)
 
 
-@contextlib.asynccontextmanager
-async def _started(name: str, parsed: argparse.Namespace, out: Path, position: int) -> AsyncGenerator[list[System]]:
-    # Each engine takes its share of what those before it have left.
-    fraction = ["--mem-fraction-static", f"{0.4 + 0.2 * position:g}"]
-    flags = [*(parsed.native_args or GPU_FLAGS), *(fraction if parsed.device == "cuda" else [])]
-    async with contextlib.AsyncExitStack() as stack:
-        if name in ("baton", "baton-agg"):
-            yield await _baton(name, parsed, out, flags, stack)
-        else:
-            yield [await _bare(name, parsed, out, flags, stack)]
+async def _rounds(
+    plan: Plan, systems: Sequence[System], measured: dict[tuple[str, str], Measured], vocabulary: int
+) -> None:
+    for number in range(plan.rounds):
+        for load in plan.loads:
+            for system in systems if number % 2 == 0 else reversed(systems):
+                # A second way to the same engines would find the first one's prompts in the prefix cache.
+                turn = await run_load(load, system, f"round {number}{_SHARED.get(system.name, '')}", vocabulary)
+                measured[load.name, system.name].rounds.append(turn)
+                for what, example in turn.results.examples.items():
+                    print(f"{system.name} {load.name}: {what}: {example}", flush=True)
 
 
-async def _baton(
-    name: str, parsed: argparse.Namespace, out: Path, flags: Sequence[str], stack: contextlib.AsyncExitStack
+def _keep(measured: Sequence[Measured], variant: str, setup: Setup, outcome: Outcome) -> None:
+    rows = [{**each.row(), "variant": variant} for each in measured]
+    for row in rows:
+        row["system"] += f"+{variant}" if variant else ""
+        said = f"{row['finished']} finished, {row['failed']} failed"
+        outcome.check(f"{row['system']} {row['load']}", row["failed"] == 0, said)
+    outcome.data["rows"] += rows
+    write_times(measured, setup.logs / f"times{'-' if variant else ''}{variant}.json.gz")
+
+
+def _warm(load: Load) -> Load:
+    return Load(load.input_tokens, 4, requests=2 if not load.rate else 8, concurrency=load.concurrency or 8)
+
+
+async def _start(
+    plan: Plan, setup: Setup, frontend: dict[str, str], outcome: Outcome, stack: contextlib.AsyncExitStack
 ) -> list[System]:
-    options = ClusterOptions(
-        mode="agg" if name == "baton-agg" else "disagg",
-        model_path=str(parsed.model),
-        device=parsed.device,
-        grpc_port=0,
-        http_port=0,
-        state_dir=out / name,
-        ready_timeout=420.0,
-        native_args=tuple(flags),
-        decode_workers=2 if name == "baton-agg" else 1,
-        env={"frontend": dict(pair.split("=", 1) for pair in parsed.frontend_env)},
-    )
-    cluster = await stack.enter_async_context(LocalCluster(options))
-    systems: list[System] = [Baton(name, await stack.enter_async_context(Client(cluster.grpc_endpoint)))]
-    if parsed.workers and name == "baton":
-        systems.append(await _workers(cluster, stack))
+    """In turn: each takes its share of the memory that those before it have left."""
+    systems: list[System] = []
+    own = [name for name in plan.systems if name not in _SHARED]
+    for position, name in enumerate(own):
+        began = time.monotonic()
+        given = replace(setup, flags=(*setup.flags, *share(setup.device, 0.4 + 0.2 * position)))
+        if name.startswith("baton"):
+            running = await stack.enter_async_context(_baton(name, given, frontend))
+            outcome.data["startups"] += startups(running)
+            systems += await _ways(name, running, plan, stack)
+        else:
+            started = bare_aggregated(given) if name == "bare-agg" else bare_pair(given)
+            systems.append(await stack.enter_async_context(started))
+            outcome.data["startups"].append({"system": name, "ready_s": time.monotonic() - began})
     return systems
 
 
-async def _workers(cluster: LocalCluster, stack: contextlib.AsyncExitStack) -> Workers:
+@contextlib.asynccontextmanager
+async def _baton(name: str, setup: Setup, frontend: dict[str, str]) -> AsyncGenerator[Running]:
+    if name == "baton-agg":
+        started = baton(setup, name, "agg", decode=2, env={"frontend": frontend})
+    else:
+        started = baton(setup, name, env={"frontend": frontend})
+    async with started as running:
+        yield running
+
+
+async def _ways(name: str, running: Running, plan: Plan, stack: contextlib.AsyncExitStack) -> list[System]:
+    """To the same engines."""
+    systems: list[System] = [Baton(name, running.client)]
+    if name != "baton":
+        return systems
+    if "http" in plan.systems:
+        url = f"{running.cluster.http_url}/v1"
+        client = await stack.enter_async_context(AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=240))
+        systems.append(Http("http", client, (await running.client.model_info()).model.name))
+    if "workers" in plan.systems:
+        systems.append(await _workers(running, stack))
+    return systems
+
+
+async def _workers(running: Running, stack: contextlib.AsyncExitStack) -> Workers:
     """The same engines without the frontend."""
-    clients = {
-        record.role: await stack.enter_async_context(Client(record.grpc_endpoint))
-        for record in cluster.workers.values()
-    }
-    bootstrap = next(each.bootstrap for each in cluster.workers.values() if each.HasField("bootstrap"))
+    records = running.cluster.workers.values()
+    clients = {each.role: await stack.enter_async_context(Client(each.grpc_endpoint)) for each in records}
+    bootstrap = next(each.bootstrap for each in records if each.HasField("bootstrap"))
     return Workers(
         "workers", clients[worker_pb2.WORKER_ROLE_PREFILL], clients[worker_pb2.WORKER_ROLE_DECODE], bootstrap
     )
-
-
-async def _bare(
-    name: str, parsed: argparse.Namespace, out: Path, flags: Sequence[str], stack: contextlib.AsyncExitStack
-) -> System:
-    folder = out / name
-    folder.mkdir(exist_ok=True)
-    common = ["--model-path", str(parsed.model), "--device", parsed.device, *flags]
-    gpus = [0, 1] if parsed.device == "cuda" else [None, None]
-
-    async def engine(label: str, gpu: int | None, *own: str) -> BareEngine:
-        started = BareEngine(label, folder)
-        stack.push_async_callback(started.stop)
-        await started.start([*common, *own], gpu=gpu)
-        return started
-
-    if name == "bare-agg":
-        return BareAggregated(name, await asyncio.gather(engine("agg-0", gpus[0]), engine("agg-1", gpus[1])))
-    pair = ["--disaggregation-transfer-backend", "nixl", "--disaggregation-bootstrap-port", str(BOOTSTRAP_PORT)]
-    prefill, decode = await asyncio.gather(
-        engine("prefill", gpus[0], "--disaggregation-mode", "prefill", "--host", "127.0.0.1", *pair),
-        engine("decode", gpus[1], "--disaggregation-mode", "decode", "--host", "127.0.0.1", *pair),
-    )
-    return BarePair(name, prefill, decode, BOOTSTRAP_PORT)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--systems", default="baton,bare", help="of baton, bare, baton-agg, bare-agg, in this order")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--loads", default="", help="only those whose names this regular expression is found in")
-    parser.add_argument("--workers", action="store_true", help="also Baton's workers, asked without the frontend")
-    parser.add_argument("--quick", action="store_true", help="two small loads, to see that it runs")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--frontend-env", action="append", default=[], help="NAME=VALUE for Baton's frontend")
-    parser.add_argument("native_args", nargs="*", help="behind --: SGLang's flags instead of those for two GPUs")
-    arguments = parser.parse_args()
-    arguments.out = arguments.out.resolve()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    sys.exit(asyncio.run(main(arguments)))

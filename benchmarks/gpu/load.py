@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
 
+from benchmarks.gpu.prompts import prompt
 from benchmarks.gpu.rows import Round
 from benchmarks.gpu.systems import Prompt, System
 from services.tools.bench.options import Objective
 from services.tools.bench.results import Results
 from services.tools.bench.samples import Kind, Outcome, Sample
-from services.tools.bench.workload import poisson, random_tokens
+from services.tools.bench.workload import poisson
 
 OBJECTIVES = (Objective("ttft", 1.0), Objective("itl_p99", 0.05))
 
@@ -34,17 +34,16 @@ class Load:
         how = f"{self.rate:g}/s" if self.rate else f"c={self.concurrency}"
         return f"{self.input_tokens}/{self.output_tokens} {how}"
 
-    def prompt(self, seed: str, index: int) -> Prompt:
+    def prompt(self, seed: str, index: int, vocabulary: int) -> Prompt:
         """The same for every system and round of this seed."""
-        draw = random.Random(f"{seed}:{self.name}:{index}")
-        return Prompt(random_tokens(draw, self.input_tokens, 150_000), self.output_tokens)
+        return Prompt(prompt(self.input_tokens, f"{seed}:{self.name}:{index}", vocabulary), self.output_tokens)
 
 
-async def run(load: Load, system: System, seed: str) -> Round:
+async def run(load: Load, system: System, seed: str, vocabulary: int = 150_000) -> Round:
     """All requests to their ends; a failure is an outcome."""
     turn = Round(Results(OBJECTIVES))
     turn.results.begin(perf_counter())
-    prompts = [load.prompt(seed, index) for index in range(load.requests)]
+    prompts = [load.prompt(seed, index, vocabulary) for index in range(load.requests)]
     async with asyncio.TaskGroup() as group:
         if load.rate:
             began = perf_counter()

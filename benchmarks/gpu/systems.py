@@ -6,7 +6,9 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from openai import AsyncOpenAI
 
 from kvbaton.client import Client, SamplingParams
 from kvbaton.v1 import worker_pb2
@@ -43,6 +45,33 @@ class Baton:
         async for chunk in self._client.stream(token_ids=prompt.token_ids, sampling=_greedy(prompt)):
             if chunk.token_ids:
                 yield list(chunk.token_ids)
+
+
+class Http:
+    """Through the frontend's OpenAI API: /v1/completions with token ids, streamed, read by the openai SDK."""
+
+    def __init__(self, name: str, client: AsyncOpenAI, model: str) -> None:
+        self.name = name
+        self._client, self._model = client, model
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[list[int]]:
+        """See `System`. There are no token ids in its events: each stands for so many zeros."""
+        extra = {"ignore_eos": True}
+        options: Any = {"include_usage": True, "continuous_usage_stats": True}
+        events = await self._client.completions.create(
+            model=self._model,
+            prompt=prompt.token_ids,
+            max_tokens=prompt.output_tokens,
+            temperature=0,
+            stream=True,
+            stream_options=options,
+            extra_body=extra,
+        )
+        so_far = 0
+        async for event in events:
+            if event.usage is not None and (news := event.usage.completion_tokens - so_far) > 0:
+                so_far = event.usage.completion_tokens
+                yield [0] * news
 
 
 class Workers:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from benchmarks.routing.play import Played
+from benchmarks.svg import document
 from services.tools.terminal import columns
 
 MOST_IMBALANCE = 1.5
@@ -61,9 +62,7 @@ def plot(plays: Sequence[Played]) -> str:
             parts.append(f'<text x="{left + length + 6:.1f}" y="{y + 15}">{form.format(value(played))}</text>')
             y += bar
         y += 30
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y - 20}" font-family="sans-serif"'
-    background = '<rect width="100%" height="100%" fill="white"/>'
-    return "\n".join([f'{head} font-size="13">', background, *parts, "</svg>", ""])
+    return document(width, y - 20, parts)
 
 
 def _row(played: Played) -> tuple[str, ...]:

@@ -54,9 +54,10 @@ class LocalCluster:
     """etcd, a frontend and the workers. Use it as an async context manager: inside the block it answers requests.
 
     Belongs to one event loop, in the main thread (on Linux the children end with the thread that started them).
+    Clusters that start at the same time share `ports`: a free one is not taken until its process is that far.
     """
 
-    def __init__(self, options: ClusterOptions, board: Board | None = None) -> None:
+    def __init__(self, options: ClusterOptions, board: Board | None = None, ports: Ports | None = None) -> None:
         self.options = options
         self.board = board or Board()
         self.state_dir = options.state_dir or default_state_dir()
@@ -64,7 +65,7 @@ class LocalCluster:
         self.children: dict[str, Child] = {}
         self.killed: list[str] = []
         self.workers: dict[str, worker_pb2.WorkerRecord] = {}
-        self._ports = Ports()
+        self._ports = ports or Ports()
         self._etcd: LocalEtcd | None = None
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._hurry = asyncio.Event()

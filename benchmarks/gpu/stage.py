@@ -1,0 +1,76 @@
+"""Runs one stage: common flags, engines' flags behind `--`, one JSON file, one archive of logs, a short table last."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import platform
+import shutil
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu.launch import GPU_FLAGS, MODEL, Setup
+from benchmarks.gpu.outcome import LIMIT, Outcome
+from services.models.smollm2 import NAME
+
+STAGES = ("smoke", "parity", "bench", "timeline")
+# Of one log file in the archive, from its end.
+_LOG_BYTES = 4 << 20
+
+
+def main() -> int:
+    """The exit status: 1 when something that was promised didn't hold."""
+    parsed = _parse()
+    out: Path = parsed.out.resolve()
+    logs = out.parent / f"{out.name}-logs" / parsed.stage
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    flags = tuple(parsed.native_args) or (GPU_FLAGS if parsed.device == "cuda" else ())
+    setup = Setup(logs, parsed.model or (str(MODEL) if parsed.device == "cuda" else NAME), parsed.device, flags)
+    outcome = Outcome(parsed.stage, parsed.limit)
+    try:
+        asyncio.run(importlib.import_module(f"benchmarks.gpu.{parsed.stage}").run(parsed, setup, outcome))
+    finally:
+        about = {"host": platform.node(), "device": parsed.device, "simulated": setup.simulated, "flags": list(flags)}
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        outcome.write(out / f"{parsed.stage}.json", when=when, command=sys.argv[1:], **about)
+        _archive(logs, out / f"{parsed.stage}-logs.tar.gz")
+        print(outcome.text(), flush=True)
+    return 0 if outcome.ok else 1
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    for name in STAGES:
+        module = importlib.import_module(f"benchmarks.gpu.{name}")
+        stage = stages.add_parser(name, description=module.__doc__)
+        stage.add_argument("--out", type=Path, required=True, help="folder for the results; logs go beside it")
+        stage.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+        stage.add_argument("--quick", action="store_true", help="as little as shows that it runs")
+        stage.add_argument("--model", default="", help="a folder or smollm2; by default the shape of Qwen3-8B on GPUs")
+        stage.add_argument("--limit", type=float, default=LIMIT, help="seconds after which nothing more is begun")
+        if hasattr(module, "add_flags"):
+            module.add_flags(stage)
+        stage.add_argument("native_args", nargs="*", help="behind --: SGLang's flags instead of those for two GPUs")
+    return parser.parse_args()
+
+
+def _archive(logs: Path, path: Path) -> None:
+    """One file instead of many: the GPU host gives few files back."""
+
+    def short(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return member if member.isdir() or (member.isreg() and member.size <= _LOG_BYTES) else None
+
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(logs, arcname=f"{path.name.removesuffix('.tar.gz')}", filter=short)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
