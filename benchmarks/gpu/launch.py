@@ -18,7 +18,7 @@ from kvbaton.client import Client
 from services.models.resolve import resolve_model_path
 from services.models.smollm2 import NAME
 from services.tools.cluster import LocalCluster
-from services.tools.options import ClusterOptions
+from services.tools.options import FRONTEND, ClusterOptions
 from services.tools.ports import Ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,13 +74,12 @@ class Setup:
 
     def worker_env(self) -> dict[str, str]:
         """The environment of workers and bare engines beside what they inherit."""
-        env = {"KVBATON_LOG_FORMAT": "json", **self.env}
         if not self.probe or self.simulated:
-            return env
+            return dict(self.env)
         self.probe_folder.mkdir(parents=True, exist_ok=True)
         path = [str(PROBE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         told = {"PYTHONPATH": os.pathsep.join(path), "KVBATON_ENGINE_PROBE": str(self.probe_folder.resolve())}
-        return {**told, **env}
+        return {**told, **self.env}
 
     def engine_flags(self) -> tuple[str, ...]:
         """With those that the probe needs."""
@@ -150,7 +149,7 @@ async def baton(
         prefill_workers=prefill,
         decode_workers=decode,
         native_args=setup.engine_flags(),
-        env=_worker_envs(setup, mode, prefill, decode, env or {}),
+        env=_environments(setup, mode, prefill, decode, env or {}),
     )
     began = time.monotonic()
     cluster = LocalCluster(options, ports=_PORTS)
@@ -162,14 +161,15 @@ async def baton(
         raise RuntimeError(f"{name}: left behind: {left}")
 
 
-def _worker_envs(
+def _environments(
     setup: Setup, mode: str, prefill: int, decode: int, more: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
     counts = {"aggregated": decode} if mode == "agg" else {"prefill": prefill, "decode": decode}
-    names = [
+    workers = [
         role if count == 1 else f"{role}-{number}" for role, count in counts.items() for number in range(1, count + 1)
     ]
-    return {name: {**(setup.worker_env() if name in names else {}), **more.get(name, {})} for name in {*names, *more}}
+    given = {FRONTEND: {}, **dict.fromkeys(workers, setup.worker_env())}
+    return {name: {"KVBATON_LOG_FORMAT": "json", **env, **more.get(name, {})} for name, env in given.items()}
 
 
 @contextlib.asynccontextmanager

@@ -18,7 +18,7 @@ from benchmarks.gpu.launch import GPU_FLAGS, MODEL, Setup
 from benchmarks.gpu.outcome import LIMIT, Outcome
 from services.models.smollm2 import NAME
 
-STAGES = ("smoke", "parity", "bench", "timeline")
+STAGES = ("smoke", "parity", "faults", "bench", "timeline")
 # Of one log file in the archive, from its end.
 _LOG_BYTES = 4 << 20
 
