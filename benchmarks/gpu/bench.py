@@ -53,8 +53,6 @@ class Plan:
     systems: tuple[str, ...]
     loads: tuple[Load, ...]
     rounds: int
-    seed: str = ""
-    """Of prompts, so that no prefix cache has them from an earlier run."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,15 +88,24 @@ async def _measure(plan: Plan, setup: Setup, frontend: dict[str, str], variant: 
                 await run_load(_warm(load), system, "warm-up", setup.vocabulary)
         measured = {(load.name, each.name): Measured(load.name, each.name) for load in plan.loads for each in systems}
         try:
-            await _rounds(plan, systems, measured, setup.vocabulary)
+            await _rounds(plan, systems, measured, setup.vocabulary, outcome)
         finally:
             _keep([each for each in measured.values() if each.rounds], variant, setup, outcome)
 
 
 async def _rounds(
-    plan: Plan, systems: Sequence[System], measured: dict[tuple[str, str], Measured], vocabulary: int
+    plan: Plan,
+    systems: Sequence[System],
+    measured: dict[tuple[str, str], Measured],
+    vocabulary: int,
+    outcome: Outcome,
 ) -> None:
+    took = 0.0
     for number in range(plan.rounds):
+        if number and outcome.left < took:
+            outcome.skip(f"round {number + 1}", f"{outcome.left:.0f} s were left, a round takes {took:.0f}")
+            return
+        began = time.monotonic()
         for load in plan.loads:
             for system in systems if number % 2 == 0 else reversed(systems):
                 # A second way to the same engines would find the first one's prompts in the prefix cache.
@@ -106,6 +113,7 @@ async def _rounds(
                 measured[load.name, system.name].rounds.append(turn)
                 for what, example in turn.results.examples.items():
                     print(f"{system.name} {load.name}: {what}: {example}", flush=True)
+        took = time.monotonic() - began
 
 
 def _keep(measured: Sequence[Measured], variant: str, setup: Setup, outcome: Outcome) -> None:
@@ -134,6 +142,7 @@ async def _start(
         if name.startswith("baton"):
             running = await stack.enter_async_context(_baton(name, given, frontend))
             outcome.data["startups"] += startups(running)
+            outcome.data["versions"] = running.versions
             systems += await _ways(name, running, plan, stack)
         else:
             started = bare_aggregated(given) if name == "bare-agg" else bare_pair(given)

@@ -55,6 +55,8 @@ async def run(parsed: argparse.Namespace, setup: Setup, outcome: Outcome) -> Non
     sizes = ON_A_CPU if parsed.device == "cpu" else ON_GPUS
     count = parsed.workers or (1 if parsed.device == "cpu" and not setup.simulated else 2)
     setup = replace(setup, probe=True)
+    if parsed.device == "cpu" and not setup.simulated:  # so that the long prompt is written in several pieces
+        setup = replace(setup, flags=(*setup.flags, "--chunked-prefill-size", "128"))
     if parsed.device == "cuda":
         model = str(shape(4, setup.logs / "4-layers"))
         setup = replace(setup, model=model, flags=(*setup.flags, *share("cuda", 0.4)))
@@ -65,6 +67,7 @@ async def _on_a_cluster(setup: Setup, sizes: Sizes, count: int, outcome: Outcome
     started = baton(setup, "faults", prefill=count, decode=count, env=_gpus(setup, count))
     async with started as running, Fleet(running) as fleet:
         drill = Drill(fleet, setup, sizes, outcome)
+        outcome.data["versions"] = running.versions
         await drill.remember()
         await outcome.part("storm", drill.storm())
         await outcome.part("prefill killed", drill.kill_prefill(), needs=90)
@@ -137,7 +140,7 @@ class Drill:
             await self._cluster.restart(doomed)
         ended = await sending
         self._outcome.data["killed"] = {"worker": doomed, "after_first_write": posted}
-        tried = attempts(self._fleet.running.log("frontend"), "doomed")
+        tried = await attempts(self._fleet.running.log("frontend"), "doomed")
         said = f"{ended}, {tried} attempts, {'amid its writes' if posted else 'amid its prefill'}"
         self._outcome.check("prefill killed mid-transfer: the request", ended.orderly, said)
         self.seconds["prefill killed: until the request ended"] = time.monotonic() - killed

@@ -119,9 +119,14 @@ class Fleet:
             return None
 
 
-def attempts(log: Path, request_id: str) -> int | None:
-    """How often the frontend tried, by its log."""
-    return attempts_in(log.read_text(errors="replace").splitlines(), request_id)
+async def attempts(log: Path, request_id: str, within: float = 2.0) -> int | None:
+    """How often the frontend tried, by its log, which has it a moment after the client."""
+
+    def found() -> int | None:
+        return attempts_in(log.read_text(errors="replace").splitlines(), request_id)
+
+    await first(lambda: found() is not None, within)
+    return found()
 
 
 def attempts_in(lines: Iterable[str], request_id: str) -> int | None:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -91,6 +91,15 @@ def share(device: str, fraction: float) -> tuple[str, ...]:
     return ("--mem-fraction-static", f"{fraction:g}") if device == "cuda" else ()
 
 
+def with_flag(flags: Sequence[str], name: str, value: str) -> tuple[str, ...]:
+    """The flags with this one's value changed, or with it."""
+    changed = list(flags)
+    if name not in changed:
+        return (*changed, name, value)
+    changed[changed.index(name) + 1] = value
+    return tuple(changed)
+
+
 def shape(layers: int, folder: Path) -> Path:
     """The model's shape with so many layers, as a folder of a model in `folder`."""
     config = json.loads((MODEL / "config.json").read_text())
@@ -121,6 +130,12 @@ class Running:
     cluster: LocalCluster
     client: Client
     ready: float
+
+    @property
+    def versions(self) -> str:
+        """Of the engine and of what moves its pages."""
+        (worker, *_) = self.cluster.workers.values()
+        return f"sglang {worker.runtime.versions.engine_version}, nixl {worker.runtime.versions.nixl}"
 
     def log(self, process: str) -> Path:
         """Of a process of the cluster."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 # Name, the engine that tells it (client: who asked), and its name among the probe's times.
@@ -75,8 +74,3 @@ def stages(requests: Sequence[Mapping[str, float]]) -> dict[str, float]:
         if spans:
             found[name] = statistics.median(spans)
     return found
-
-
-def in_order() -> bool:
-    """Whether each stage begins where the one before it ends."""
-    return all(before[2] == after[1] for before, after in pairwise(STAGES))

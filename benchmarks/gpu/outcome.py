@@ -37,6 +37,11 @@ class Outcome:
         """Since it began."""
         return time.monotonic() - self.began
 
+    @property
+    def left(self) -> float:
+        """Seconds that may still be used, without those for stopping everything."""
+        return self.limit - _STOPPING - self.seconds
+
     def check(self, name: str, ok: bool, said: str = "") -> None:
         """A promise, whether it held, and what was seen."""
         self.checks.append({"name": name, "ok": bool(ok), "said": said})
@@ -52,13 +57,12 @@ class Outcome:
 
         `needs` is how long it takes; with less than that left it is skipped.
         """
-        left = self.limit - _STOPPING - self.seconds
-        if left < needs:
+        if self.left < needs:
             work.close()
-            self.skip(name, f"{left:.0f} s of {self.limit:g} s were left, it needs {needs:g}")
+            self.skip(name, f"{self.left:.0f} s of {self.limit:g} s were left, it needs {needs:.0f}")
             return
         try:
-            async with asyncio.timeout(max(1.0, left)):
+            async with asyncio.timeout(max(1.0, self.left)):
                 await work
         except Exception as error:  # noqa: BLE001 - it stands in the report
             self.check(name, False, f"{type(error).__name__}: {error}"[:4000])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.gpu.answers import Answered, ask, difference
-from benchmarks.gpu.launch import Running, Setup, baton, shape, share
+from benchmarks.gpu.launch import Running, Setup, baton, shape, share, with_flag
 from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.prompts import prompt
 from benchmarks.gpu.transfers import NixlTelemetry, ProbeLines, gpu_memory, moved
@@ -57,16 +57,18 @@ async def run(parsed: argparse.Namespace, setup: Setup, outcome: Outcome) -> Non
     if parsed.device == "cpu":
         await _on_a_cpu(setup, outcome)
         return
-    full = replace(setup, flags=(*setup.flags, *share("cuda", 0.5)))
+    # Room for the aggregated worker beside prefill, also on a GPU of 80 GB.
+    fewer_pages = with_flag(setup.flags, "--max-total-tokens", "60000")
+    full = replace(setup, flags=(*fewer_pages, *share("cuda", 0.6)))
     steady = replace(full, flags=(*full.flags, "--enable-deterministic-inference"))
     small = replace(full, model=str(shape(4, setup.logs / "4-layers")), flags=(*setup.flags, *share("cuda", 0.4)))
     await outcome.part("page 16", _compare(Plan("page-16", full, LENGTHS, AT_ONCE, prefix=2000), outcome))
     pages = [
-        Plan(f"page-{page}", replace(small, flags=_with(small.flags, "--page-size", page)), SMALL_LENGTHS)
+        Plan(f"page-{page}", replace(small, flags=with_flag(small.flags, "--page-size", page)), SMALL_LENGTHS)
         for page in ("1", "64")
     ]
     await outcome.part("pages 1 and 64", _together(pages, outcome), needs=70)
-    await outcome.part("real text", _text(replace(setup, flags=_real_weights(setup.flags)), outcome), needs=70)
+    await outcome.part("real text", _text(replace(setup, flags=_real_weights(setup.flags)), outcome), needs=100)
     steady_plan = Plan("deterministic", steady, at_once=AT_ONCE, at_once_exact=True)
     await outcome.part("deterministic inference", _compare(steady_plan, outcome), needs=80)
 
@@ -140,6 +142,7 @@ async def _both_modes(plan: Plan, outcome: Outcome) -> tuple[Answers, Answers]:
         env = {"prefill": telemetry.env} if name == "disagg" and not setup.simulated else {}
         try:
             async with baton(setup, name, name, env=env) as running:
+                outcome.data["versions"] = running.versions
                 await turn.wait()
                 _memory(outcome, plan, name)
                 modes[name] = await _answers(running, pair_plan, telemetry if env else None)
@@ -223,14 +226,6 @@ def transfer_table(name: str, rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([f"{name}: what moved from prefill to decode", *columns(cells)])
 
 
-def _with(flags: Sequence[str], name: str, value: str) -> tuple[str, ...]:
-    """The flag with another value."""
-    changed = list(flags)
-    changed[changed.index(name) + 1] = value
-    return tuple(changed)
-
-
 def _real_weights(flags: Sequence[str]) -> tuple[str, ...]:
-    """Without the flag that makes weights up."""
-    at = list(flags).index("--load-format")
-    return (*flags[:at], *flags[at + 2 :], *share("cuda", 0.4))
+    """The model's own instead of made-up ones."""
+    return (*with_flag(flags, "--load-format", "auto"), *share("cuda", 0.4))

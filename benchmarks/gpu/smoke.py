@@ -68,9 +68,7 @@ async def _compare(setup: Setup, outcome: Outcome) -> None:
 async def _answers(mode: Literal["agg", "disagg"], setup: Setup, lengths: tuple[int, ...]) -> Run:
     """Starts the cluster, asks every prompt, stops it."""
     async with baton(setup, mode, mode) as running:
-        (worker, *_) = running.cluster.workers.values()
-        versions = f"sglang {worker.runtime.versions.engine_version}, nixl {worker.runtime.versions.nixl}"
-        result = Run(mode, running.ready, versions, {}, {}, {})
+        result = Run(mode, running.ready, running.versions, {}, {}, {})
         for length in lengths:
             result.tokens[length], result.first_token[length] = await _ask(running.client, length, setup.vocabulary)
         if not setup.simulated:

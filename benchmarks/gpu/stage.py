@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.launch import GPU_FLAGS, MODEL, Setup
 from benchmarks.gpu.outcome import LIMIT, Outcome
+from benchmarks.gpu.transfers import gpu_names
 from services.models.smollm2 import NAME
 
 STAGES = ("smoke", "parity", "faults", "bench", "timeline")
@@ -37,7 +38,14 @@ def main() -> int:
     try:
         asyncio.run(importlib.import_module(f"benchmarks.gpu.{parsed.stage}").run(parsed, setup, outcome))
     finally:
-        about = {"host": platform.node(), "device": parsed.device, "simulated": setup.simulated, "flags": list(flags)}
+        about = {
+            "host": platform.node(),
+            "gpus": gpu_names(),
+            "device": parsed.device,
+            "quick": parsed.quick,
+            "simulated": setup.simulated,
+            "flags": list(flags),
+        }
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         outcome.write(out / f"{parsed.stage}.json", when=when, command=sys.argv[1:], **about)
         _archive(logs, out / f"{parsed.stage}-logs.tar.gz")

@@ -79,6 +79,7 @@ async def _take_apart(name: str, setup: Setup, lengths: Sequence[int], count: in
         else:
             running = await stack.enter_async_context(baton(setup, "baton"))
             outcome.data["startups"] += startups(running)
+            outcome.data["versions"] = running.versions
             ask = _baton(running.client)
         lines = ProbeLines(setup.probe_folder)
         for length in lengths:

@@ -122,11 +122,21 @@ def sent_bytes(page: str) -> int | None:
 
 def gpu_memory() -> list[dict[str, int]] | None:
     """MiB in use and there, of every GPU; None without nvidia-smi."""
+    csv = _nvidia_smi("index,memory.used,memory.total")
+    return None if csv is None else list(gpu_rows(csv))
+
+
+def gpu_names() -> list[str]:
+    """One for each GPU; none without nvidia-smi."""
+    return (_nvidia_smi("name") or "").splitlines()
+
+
+def _nvidia_smi(fields: str) -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    return list(gpu_rows(answer.stdout)) if answer.returncode == 0 else None
+    return answer.stdout if answer.returncode == 0 else None
 
 
 def gpu_rows(csv: str) -> Iterator[dict[str, int]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.sections import fenced, section_of
 from tests.support.fault_matrix import MEANINGS, PROMISES, Fault, Phase, Slot
 from tests.support.peers import SUFFERINGS, named_tests
 
@@ -73,7 +74,7 @@ def render(matrix: str) -> str:
     """The whole document around a section of the matrix."""
     phases = "".join(f"- **{phase}**: {meaning}\n" for phase, meaning in MEANINGS.items())
     peers = peers_section()
-    return f"{_HEAD}{phases}\n{_fenced('matrix', matrix)}\n{_PEERS}{_fenced('peers', peers)}"
+    return f"{_HEAD}{phases}\n{fenced('matrix', matrix)}\n{_PEERS}{fenced('peers', peers)}"
 
 
 def peers_section() -> str:
@@ -83,13 +84,6 @@ def peers_section() -> str:
         f"{number}. **{each.name}**: {each.here}.\n" + "".join(f"   - `{test}`\n" for test in tests.get(number, []))
         for number, each in SUFFERINGS.items()
     )
-
-
-def section_of(document: str, name: str) -> str:
-    """What stands between a section's marks. Raises ValueError without them."""
-    begin, end = _marks(name)
-    start = document.index(begin) + len(begin)
-    return document[start : document.index(end, start)]
 
 
 def _row(phase: Phase, fault: Fault, measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
@@ -104,12 +98,3 @@ def _row(phase: Phase, fault: Fault, measured: Mapping[tuple[str, str], Mapping[
 
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _fenced(name: str, text: str) -> str:
-    begin, end = _marks(name)
-    return f"{begin}{text}{end}\n"
-
-
-def _marks(name: str) -> tuple[str, str]:
-    return f"<!-- {name} -->\n", f"<!-- end of {name} -->"
