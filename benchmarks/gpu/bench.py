@@ -12,11 +12,11 @@ import contextlib
 import re
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from openai import AsyncOpenAI
 
-from benchmarks.gpu.launch import Running, Setup, bare_aggregated, bare_pair, baton, share, with_words
+from benchmarks.gpu.launch import Running, Setup, bare_aggregated, bare_pair, baton, with_words
 from benchmarks.gpu.load import Load
 from benchmarks.gpu.load import run as run_load
 from benchmarks.gpu.outcome import Outcome
@@ -138,7 +138,7 @@ async def _start(
     own = [name for name in plan.systems if name not in _SHARED]
     for position, name in enumerate(own):
         began = time.monotonic()
-        given = replace(setup, flags=(*setup.flags, *share(setup.device, 0.4 + 0.2 * position)))
+        given = setup.sharing(0.4 + 0.2 * position)
         if name.startswith("baton"):
             running = await stack.enter_async_context(_baton(name, given, frontend))
             outcome.data["startups"] += startups(running)

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.gpu.answers import Answered, difference
 from benchmarks.gpu.fleet import Ended, Fleet, attempts, first
-from benchmarks.gpu.launch import Setup, baton, shape, share
+from benchmarks.gpu.launch import Setup, baton, shape
 from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.prompts import prompt
 from benchmarks.gpu.transfers import ProbeLines
@@ -56,10 +56,10 @@ async def run(parsed: argparse.Namespace, setup: Setup, outcome: Outcome) -> Non
     count = parsed.workers or (1 if parsed.device == "cpu" and not setup.simulated else 2)
     setup = replace(setup, probe=True)
     if parsed.device == "cpu" and not setup.simulated:  # so that the long prompt is written in several pieces
-        setup = replace(setup, flags=(*setup.flags, "--chunked-prefill-size", "128"))
+        setup = setup.with_flags("--chunked-prefill-size", "128")
     if parsed.device == "cuda":
         model = str(shape(4, setup.logs / "4-layers"))
-        setup = replace(setup, model=model, flags=(*setup.flags, *share("cuda", 0.4)))
+        setup = replace(setup.sharing(0.4), model=model)
     await outcome.part("faults", _on_a_cluster(setup, sizes, count, outcome))
 
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -81,23 +81,24 @@ class Setup:
         told = {"PYTHONPATH": os.pathsep.join(path), "KVBATON_ENGINE_PROBE": str(self.probe_folder.resolve())}
         return {**told, **self.env}
 
+    def with_flags(self, *flags: str) -> Setup:
+        """With more flags of SGLang's; a simulated engine takes none."""
+        return self if self.simulated else replace(self, flags=(*self.flags, *flags))
+
+    def with_flag(self, name: str, value: str) -> Setup:
+        """With this flag of SGLang's, in place of the value that it had."""
+        if name not in self.flags:
+            return self.with_flags(name, value)
+        at = self.flags.index(name)
+        return replace(self, flags=(*self.flags[:at], name, value, *self.flags[at + 2 :]))
+
+    def sharing(self, fraction: float) -> Setup:
+        """That leaves room for other engines on the GPU: each takes its share of what those before it have left."""
+        return self.with_flag("--mem-fraction-static", f"{fraction:g}") if self.device == "cuda" else self
+
     def engine_flags(self) -> tuple[str, ...]:
         """With those that the probe needs."""
         return (*self.flags, "--enable-request-time-stats-logging") if self.probe and not self.simulated else self.flags
-
-
-def share(device: str, fraction: float) -> tuple[str, ...]:
-    """The flag that leaves room for other engines on the GPU: each takes its share of what those before it left."""
-    return ("--mem-fraction-static", f"{fraction:g}") if device == "cuda" else ()
-
-
-def with_flag(flags: Sequence[str], name: str, value: str) -> tuple[str, ...]:
-    """The flags with this one's value changed, or with it."""
-    changed = list(flags)
-    if name not in changed:
-        return (*changed, name, value)
-    changed[changed.index(name) + 1] = value
-    return tuple(changed)
 
 
 def shape(layers: int, folder: Path) -> Path:

@@ -65,7 +65,7 @@ class Outcome:
             async with asyncio.timeout(max(1.0, self.left)):
                 await work
         except Exception as error:  # noqa: BLE001 - it stands in the report
-            self.check(name, False, f"{type(error).__name__}: {error}"[:4000])
+            self.check(name, False, "; ".join(f"{type(each).__name__}: {each}"[:4000] for each in _leaves(error)))
 
     def write(self, path: Path, **about: Any) -> None:
         """As JSON, with the host's particulars in `about`."""
@@ -78,3 +78,10 @@ class Outcome:
         lines = [f"{signs[each['ok']]:<8} {each['name']}: {each['said']}"[:200] for each in self.checks]
         end = f"{self.stage}: {'passed' if self.ok else 'FAILED'} after {self.seconds:.0f} s"
         return "\n".join(["", *self.tables, *lines, end])
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """What went wrong in tasks of a group."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for each in error.exceptions for leaf in _leaves(each)]
+    return [error]

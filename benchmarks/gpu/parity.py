@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.gpu.answers import Answered, ask, difference
-from benchmarks.gpu.launch import Running, Setup, baton, shape, share, with_flag
+from benchmarks.gpu.launch import Running, Setup, baton, shape
 from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.prompts import prompt
 from benchmarks.gpu.transfers import NixlTelemetry, ProbeLines, gpu_memory, moved
@@ -58,17 +58,14 @@ async def run(parsed: argparse.Namespace, setup: Setup, outcome: Outcome) -> Non
         await _on_a_cpu(setup, outcome)
         return
     # Room for the aggregated worker beside prefill, also on a GPU of 80 GB.
-    fewer_pages = with_flag(setup.flags, "--max-total-tokens", "60000")
-    full = replace(setup, flags=(*fewer_pages, *share("cuda", 0.6)))
-    steady = replace(full, flags=(*full.flags, "--enable-deterministic-inference"))
-    small = replace(full, model=str(shape(4, setup.logs / "4-layers")), flags=(*setup.flags, *share("cuda", 0.4)))
+    full = setup.with_flag("--max-total-tokens", "60000").sharing(0.6)
+    small = replace(setup.sharing(0.4), model=str(shape(4, setup.logs / "4-layers")))
+    text = replace(setup.sharing(0.4).with_flag("--load-format", "auto"), model=NAME)
+    steady = full.with_flags("--enable-deterministic-inference")
     await outcome.part("page 16", _compare(Plan("page-16", full, LENGTHS, AT_ONCE, prefix=2000), outcome))
-    pages = [
-        Plan(f"page-{page}", replace(small, flags=with_flag(small.flags, "--page-size", page)), SMALL_LENGTHS)
-        for page in ("1", "64")
-    ]
+    pages = [Plan(f"page-{page}", small.with_flag("--page-size", page), SMALL_LENGTHS) for page in ("1", "64")]
     await outcome.part("pages 1 and 64", _together(pages, outcome), needs=70)
-    await outcome.part("real text", _text(replace(setup, flags=_real_weights(setup.flags)), outcome), needs=100)
+    await outcome.part("real text", _text(text, outcome), needs=100)
     steady_plan = Plan("deterministic", steady, at_once=AT_ONCE, at_once_exact=True)
     await outcome.part("deterministic inference", _compare(steady_plan, outcome), needs=80)
 
@@ -91,7 +88,7 @@ async def _text(setup: Setup, outcome: Outcome) -> None:
     if reason := _no_text_model():
         outcome.skip("real text", reason)
         return
-    plan = Plan("real-text", replace(setup, model=NAME), (50, 500), chat=True)
+    plan = Plan("real-text", setup, (50, 500), chat=not setup.simulated)
     await _compare(plan, outcome)
 
 
@@ -224,8 +221,3 @@ def transfer_table(name: str, rows: Sequence[dict[str, Any]]) -> str:
             )
         )
     return "\n".join([f"{name}: what moved from prefill to decode", *columns(cells)])
-
-
-def _real_weights(flags: Sequence[str]) -> tuple[str, ...]:
-    """The model's own instead of made-up ones."""
-    return (*with_flag(flags, "--load-format", "auto"), *share("cuda", 0.4))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.gpu.answers import greedy
-from benchmarks.gpu.launch import Setup, baton, shape, share
+from benchmarks.gpu.launch import Setup, baton, shape
 from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.prompts import prompt
 from kvbaton.client import Client, SamplingParams
@@ -45,7 +45,7 @@ async def run(parsed: argparse.Namespace, setup: Setup, outcome: Outcome) -> Non
     """Both modes, one after the other."""
     if parsed.layers:
         setup = replace(setup, model=str(shape(parsed.layers, Path(setup.logs) / "shape")))
-    await outcome.part("smoke", _compare(replace(setup, flags=(*setup.flags, *share(setup.device, 0.85))), outcome))
+    await outcome.part("smoke", _compare(setup.sharing(0.85), outcome))
 
 
 async def _compare(setup: Setup, outcome: Outcome) -> None:

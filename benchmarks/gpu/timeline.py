@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from benchmarks.gpu.answers import greedy
-from benchmarks.gpu.launch import Setup, bare_pair, baton, share
+from benchmarks.gpu.launch import Setup, bare_pair, baton
 from benchmarks.gpu.moments import MOMENTS, STAGES, complete, middle, moments, stages
 from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.prompts import prompt
@@ -63,7 +63,7 @@ async def run(parsed: argparse.Namespace, setup: Setup, outcome: Outcome) -> Non
     for each in parsed.variant or [Variant("")]:
         for system in parsed.systems.split(","):
             name = f"{system}+{each.name}" if each.name else system
-            given = each.applied(replace(setup, probe=True, flags=(*setup.flags, *share(setup.device, 0.85))))
+            given = each.applied(replace(setup.sharing(0.85), probe=True))
             given = replace(given, logs=given.logs / system)
             await outcome.part(name, _take_apart(name, given, lengths, parsed.requests, outcome), needs=75)
     rows = outcome.data["rows"]
