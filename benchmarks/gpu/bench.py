@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from openai import AsyncOpenAI
 
@@ -23,9 +24,11 @@ from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.rows import Measured, table, write_times
 from benchmarks.gpu.startup import startups
 from benchmarks.gpu.systems import Baton, Http, System, Workers
+from benchmarks.gpu.targets import against_bare
 from benchmarks.gpu.variants import Variant, variant
 from kvbaton.client import Client
 from kvbaton.v1 import worker_pb2
+from services.tools.terminal import columns
 
 LOADS = (
     Load(500, 32, requests=16, concurrency=1),
@@ -78,6 +81,24 @@ async def run(parsed: argparse.Namespace, setup: Setup, outcome: Outcome) -> Non
         changed = each.applied(setup)
         await outcome.part(each.name or "bench", _measure(plan, changed, frontend, each.name, outcome), needs=60)
     outcome.tables.append(table(outcome.data["rows"]))
+    if compared := against_bare(outcome.data["rows"]):
+        outcome.data["against_bare"] = compared
+        outcome.tables.append(_target_table(compared))
+
+
+def _target_table(compared: Sequence[dict[str, Any]]) -> str:
+    head = ("BATON AGAINST BARE", "TTFT P50 LATER ms", "REQUESTS/S", "ITL P99", "WITHIN TARGET")
+    rows = [
+        (
+            f"{row['load']} {row['variant']}",
+            f"{row['ttft_p50_later_ms']:+.1f}",
+            f"x {row['requests_ratio']:.3f}",
+            f"x {row['itl_p99_ratio']:.2f}",
+            "yes" if row["within"] else "NO",
+        )
+        for row in compared
+    ]
+    return "\n".join(columns([head, *rows]))
 
 
 async def _measure(plan: Plan, setup: Setup, frontend: dict[str, str], variant: str, outcome: Outcome) -> None:

@@ -61,7 +61,19 @@ def bench(result: Result) -> str:
         )
         for row in sorted(result.get("rows", []), key=lambda row: row["load"])
     ]
-    return _section(result, _table(head, rows), _startups(result))
+    against = [
+        (
+            row["load"],
+            row["variant"],
+            f"{row['ttft_p50_later_ms']:+.1f} ms",
+            f"{row['requests_ratio']:.3f}",
+            f"{row['itl_p99_ratio']:.2f}",
+            _yes(row["within"]),
+        )
+        for row in result.get("against_bare", [])
+    ]
+    ratios = ("Baton against bare SGLang", "variant", "TTFT p50", "requests/s", "ITL p99", "within target")
+    return _section(result, _table(head, rows), _table(ratios, against), _startups(result))
 
 
 def timeline(result: Result) -> str:
