@@ -85,8 +85,14 @@ def moved(lines: Iterable[dict[str, Any]]) -> Moved | None:
 class NixlTelemetry:
     """NIXL's own count of bytes sent by one process, on a port of its own."""
 
-    def __init__(self) -> None:
-        self._port = Ports().pick("127.0.0.1", 0)
+    def __init__(self, port: int = 0) -> None:
+        """0: any."""
+        self._port = port or Ports().pick("127.0.0.1", 0)
+
+    @property
+    def page(self) -> str:
+        """The URL of its metrics."""
+        return f"http://127.0.0.1:{self._port}/metrics"
 
     @property
     def env(self) -> dict[str, str]:
@@ -103,7 +109,7 @@ class NixlTelemetry:
         await asyncio.sleep(0.3)
         try:
             async with httpx.AsyncClient(timeout=5.0) as http:
-                page = await http.get(f"http://127.0.0.1:{self._port}/metrics")
+                page = await http.get(self.page)
         except httpx.HTTPError:
             return None
         return sent_bytes(page.text)

@@ -20,6 +20,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from benchmarks.gpu.transfers import NixlTelemetry
 from kvbaton.client import Client, Embeddings, SamplingParams
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2, generate_pb2_grpc, health_pb2
@@ -30,7 +31,7 @@ from tests.e2e.failover import Failover, fail_over
 from tests.e2e.lost_prefill import CHUNK, LostPrefill, ask_undisturbed, lose_prefill
 from tests.e2e.reference import NEW_TOKENS, PROMPT_LENGTHS, Reference, make_prompts
 from tests.e2e.sampling_cases import Given, ask_all_cases
-from tests.e2e.telemetry import nixl_telemetry, sample
+from tests.e2e.telemetry import sample
 from tests.support.etcd import etcd_endpoint
 from tests.support.kv_view import KvView
 from tests.support.ports import free_port
@@ -91,10 +92,10 @@ class Routed:
 
 @dataclass(frozen=True)
 class Pair:
-    """The disaggregated cluster, and the port of prefill's NIXL telemetry."""
+    """The disaggregated cluster, and what prefill's NIXL tells of itself."""
 
     cluster: LocalCluster
-    nixl_port: int
+    nixl: NixlTelemetry
 
     def client(self) -> Client:
         """Of the frontend."""
@@ -202,7 +203,7 @@ async def failures(
 ) -> Failures:
     processes = Processes(etcd_endpoint, tmp_path_factory.mktemp("routing"))
     prefix = prompts[900]
-    nixl_port = free_port()
+    nixl = NixlTelemetry(free_port())
     try:
         # Requests wait for the workers that are started again.
         patience = ("--ready-queue-timeout", "240", "--queue-timeout", "240")
@@ -212,7 +213,7 @@ async def failures(
             ("prefill-1", "prefill"),
             ("decode", "decode"),
         ):
-            environment = nixl_telemetry(nixl_port) if name == "prefill-0" else {}
+            environment = nixl.env if name == "prefill-0" else {}
             processes.worker(name, command, "--instance-id", name, *flags, sglang=model_path, environment=environment)
         async with Client(processes.target, timeout=180.0) as client:
             await all_routable(client, 3, within=400)
@@ -234,8 +235,7 @@ async def failures(
             processes.worker("decode-1", "decode", "--max-total-tokens", str(SMALL_POOL), sglang=model_path)
             await all_routable(client, 3, within=400)
             failover = await fail_over(processes, client, prompts[33], doomed="decode")
-            telemetry = f"http://127.0.0.1:{nixl_port}/metrics"
-            lost_prefill = await lose_prefill(processes, client, "prefill-0", "decode-1", telemetry, undisturbed)
+            lost_prefill = await lose_prefill(processes, client, "prefill-0", "decode-1", nixl.page, undisturbed)
     finally:
         await asyncio.to_thread(processes.stop)
     return Failures(Routed(first, later, elsewhere), failover, lost_prefill)
@@ -275,7 +275,7 @@ async def pair(
     routed: Routed,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Pair]:
-    nixl_port = free_port()
+    nixl = NixlTelemetry(free_port())
     options = ClusterOptions(
         mode="disagg",
         device="cpu",
@@ -283,11 +283,11 @@ async def pair(
         http_port=0,
         state_dir=tmp_path_factory.mktemp("disagg"),
         native_args=NATIVE_ARGS,
-        env={"prefill": nixl_telemetry(nixl_port)},
+        env={"prefill": nixl.env},
     )
     cluster = LocalCluster(options)
     async with cluster:
-        yield Pair(cluster, nixl_port)
+        yield Pair(cluster, nixl)
     assert cluster.leftovers() == [], "no process and no port is left behind"
 
 

@@ -8,16 +8,6 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 
-def nixl_telemetry(port: int) -> dict[str, str]:
-    """The environment of a worker whose NIXL counts what it moves, and says so at that port."""
-    return {
-        "NIXL_TELEMETRY_ENABLE": "y",
-        "NIXL_TELEMETRY_EXPORTER": "prometheus",
-        "NIXL_TELEMETRY_PROMETHEUS_LOCAL": "y",
-        "NIXL_TELEMETRY_PROMETHEUS_PORT": str(port),
-    }
-
-
 async def sample(url: str, name: str, **labels: str) -> float:
     """The sum of a Prometheus metric's samples with these labels."""
     async with httpx.AsyncClient(timeout=10) as http:

@@ -140,7 +140,7 @@ async def test_a_live_request_id_is_refused(pair: Pair) -> None:
 @pytest.mark.parametrize("length", [40, 320])
 async def test_prefill_writes_the_prompts_kv_cache_through_nixl(pair: Pair, length: int) -> None:
     """NIXL's own counter, on the sender's side: every byte of the prompt's KV cache leaves prefill."""
-    url = f"http://127.0.0.1:{pair.nixl_port}/metrics"
+    url = pair.nixl.page
     per_token = pair.cluster.workers["prefill"].runtime.kv_bytes_per_token
     assert per_token == 46_080, "30 layers x 3 KV heads x 64 dimensions x K and V x 4 bytes"
     before = await settled(url, "agent_tx_bytes_total")
