@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ class Outcome:
     data: dict[str, Any] = field(default_factory=dict[str, Any])
     tables: list[str] = field(default_factory=list[str])
     began: float = field(default_factory=time.monotonic)
+    keep: Callable[[], None] = lambda: None
+    """Called after every check: what was seen is on disk, whatever becomes of the stage."""
 
     @property
     def ok(self) -> bool:
@@ -45,11 +47,13 @@ class Outcome:
     def check(self, name: str, ok: bool, said: str = "") -> None:
         """A promise, whether it held, and what was seen."""
         self.checks.append({"name": name, "ok": bool(ok), "said": said})
+        self.keep()
         print(f"{'ok  ' if ok else 'FAIL'} {name}{': ' if said else ''}{said}", flush=True)
 
     def skip(self, name: str, reason: str) -> None:
         """What this run can't show."""
         self.checks.append({"name": name, "ok": None, "said": reason})
+        self.keep()
         print(f"skip {name}: {reason}", flush=True)
 
     async def part(self, name: str, work: Coroutine[Any, Any, None], *, needs: float = 0.0) -> None:

@@ -7,10 +7,13 @@ import asyncio
 import importlib
 import platform
 import shutil
+import signal
 import sys
 import tarfile
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -34,23 +37,36 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     flags = tuple(parsed.native_args) or (GPU_FLAGS if parsed.device == "cuda" else ())
     setup = Setup(logs, parsed.model or (str(MODEL) if parsed.device == "cuda" else NAME), parsed.device, flags)
+    about = {
+        "when": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+        "command": sys.argv[1:],
+        "host": platform.node(),
+        "gpus": gpu_names(),
+        "device": parsed.device,
+        "quick": parsed.quick,
+        "simulated": setup.simulated,
+        "flags": list(flags),
+    }
     outcome = Outcome(parsed.stage, parsed.limit)
+    outcome.keep = lambda: outcome.write(out / f"{parsed.stage}.json", **about)
+    module = importlib.import_module(f"benchmarks.gpu.{parsed.stage}")
     try:
-        asyncio.run(importlib.import_module(f"benchmarks.gpu.{parsed.stage}").run(parsed, setup, outcome))
+        asyncio.run(_until_told(module.run(parsed, setup, outcome)))
+    except asyncio.CancelledError:
+        outcome.check("stage", False, "ended by SIGTERM")
     finally:
-        about = {
-            "host": platform.node(),
-            "gpus": gpu_names(),
-            "device": parsed.device,
-            "quick": parsed.quick,
-            "simulated": setup.simulated,
-            "flags": list(flags),
-        }
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
-        outcome.write(out / f"{parsed.stage}.json", when=when, command=sys.argv[1:], **about)
+        outcome.keep()
         _archive(logs, out / f"{parsed.stage}-logs.tar.gz")
         print(outcome.text(), flush=True)
     return 0 if outcome.ok else 1
+
+
+async def _until_told(work: Coroutine[Any, Any, None]) -> None:
+    """SIGTERM, as of `timeout`, ends the stage and what it has started, and the results are kept."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await work
 
 
 def _parse() -> argparse.Namespace:

@@ -54,3 +54,12 @@ def test_the_file_has_checks_numbers_and_where_it_ran(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "bench.json").read_text())
     assert (written["stage"], written["ok"], written["device"], written["rows"]) == ("bench", True, "cpu", [1])
     assert written["checks"] == [{"name": "rows", "ok": True, "said": "3"}]
+
+
+def test_every_check_is_kept_at_once(tmp_path: Path) -> None:
+    outcome = Outcome("parity")
+    outcome.keep = lambda: outcome.write(tmp_path / "parity.json")
+    outcome.check("first", True)
+    outcome.skip("second", "no GPU")
+    written = json.loads((tmp_path / "parity.json").read_text())
+    assert [each["name"] for each in written["checks"]] == ["first", "second"]
