@@ -12,10 +12,10 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -172,22 +172,23 @@ class Trouble:
         self._cluster, self._load, self._planned = cluster, load, planned
         self._postponed: list[Planned] = []
         self._etcd_starts: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether every fault has happened."""
-        return len(self.happened) == len(FAULTS)
+        """Whether every fault has happened, or none will any more, as `during` then says."""
+        return len(self.happened) == len(FAULTS) or (self._task is not None and self._task.done())
 
     @asynccontextmanager
     async def during(self) -> AsyncGenerator[None]:
         """Faults while what is inside runs; everything is repaired at the end."""
         over = asyncio.Event()
-        task = asyncio.create_task(self._go_on(over))
+        self._task = asyncio.create_task(self._go_on(over))
         try:
             yield
         finally:
             over.set()
-            await task
+            await self._task
             await self._etcd_started()
             await self._cluster.whole()
 
@@ -207,14 +208,15 @@ class Trouble:
     async def _next(self) -> tuple[Fault, Target, float]:
         whole = await self._cluster.routable()
         etcd_runs = self._etcd_starts is None or self._etcd_starts.done()
-        for number, planned in enumerate(self._postponed):
+        postponed, self._postponed = iter(self._postponed), []
+        # Clients can always go, so it ends.
+        for planned in chain(postponed, self._planned):
             target = planned.target(self._cluster, whole)
             if target is not None and (etcd_runs or planned.fault not in ETCD_FAULTS):
-                del self._postponed[number]
+                self._postponed += postponed
                 return planned.fault, target, planned.seconds
-        # Clients can always go, so it ends.
-        self._postponed.append(next(self._planned))
-        return await self._next()
+            self._postponed.append(planned)
+        raise AssertionError("a plan has no end")
 
     async def _one(self, fault: Fault, target: Target, seconds: float) -> None:
         self.happened[fault] += 1
@@ -281,22 +283,35 @@ async def test_five_thousand_requests_under_faults(tmp_path: Path) -> None:
         print(f"{load.succeeded} succeeded, {failed} failed, {load.given_up} given up in {seconds:.0f} s")
         print(f"{trouble.happened.total()} faults: {dict(trouble.happened)}; errors: {dict(load.errors)}")
         print(f"a fault every {mean(trouble.pauses):.2f} s, {max(trouble.pauses):.2f} s at most")
-        await check_ends(cluster, load)
+        await none_left(cluster)
+        ended = [line["request_id"] for line in ended_lines(cluster.processes.log("frontend"))]
 
+    check_ends(ended, load.sent, load.unheard)
     assert load.succeeded + failed + load.given_up == len(load.sent) == requests
     assert load.succeeded >= SUCCEED * (requests - load.given_up)
     assert mean(trouble.pauses) < SLACK * FAULT_EVERY
     check_flat(before, after, growth=MEMORY_GROWTH, fluctuation=FLUCTUATION)
 
 
-async def check_ends(cluster: FaultCluster, load: Load) -> None:
-    """The frontend has said once of each request that it has ended, and has none left."""
+async def none_left(cluster: FaultCluster) -> None:
+    """Waits until the frontend has no request."""
 
-    async def none_left() -> bool:
+    async def none() -> bool:
         return (await gauges(cluster.processes.metrics_endpoints["frontend"]))["kvbaton_live_requests"] == 0
 
-    await eventually(none_left, within=30, every=0.1, what="no live request")
-    ends = Counter(line["request_id"] for line in ended_lines(cluster.processes.log("frontend")))
+    await eventually(none, within=30, every=0.1, what="no live request")
+
+
+def check_ends(ended: Iterable[str], sent: set[str], unheard: set[str]) -> None:
+    """Each request that was `sent` has ended once; of the `unheard` some may never have come."""
+    ends = Counter(ended)
     assert not [request for request, count in ends.items() if count > 1], "requests that ended twice"
-    assert not ends.keys() - load.sent, "ends of requests that nobody has sent"
-    assert not load.sent - ends.keys() - load.unheard, "requests without an end"
+    assert not ends.keys() - sent, "ends of requests that nobody has sent"
+    assert not sent - ends.keys() - unheard, "requests without an end"
+
+
+def test_each_request_needs_one_end_of_its_own() -> None:
+    check_ends(["a", "b"], {"a", "b", "c"}, {"b", "c"})
+    for ended in (["a", "a", "b"], ["a"], ["a", "b", "x"]):
+        with pytest.raises(AssertionError):
+            check_ends(ended, {"a", "b"}, set())

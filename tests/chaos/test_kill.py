@@ -25,7 +25,8 @@ PREFILL_SECONDS = 2.0
 
 
 def start(processes: Processes, pairs: int) -> None:
-    processes.frontend("--link", "session", "--heartbeat", "0.5", "--ready-queue-timeout", "0")
+    # A kill shows by the connection. A process of a busy machine that is silent for a while is no fault.
+    processes.frontend("--link", "session", "--heartbeat", "2", "--ready-queue-timeout", "0")
     for number in range(pairs):
         processes.worker(f"prefill{number}", "prefill", sim="prefix_cache=false")
         processes.worker(f"decode{number}", "decode", sim="release_on_disconnect=true")

@@ -48,7 +48,7 @@ async def nothing_held(processes: Processes, name: str) -> bool:
     "fault", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM], ids=["killed", "frozen", "shut-down"]
 )
 async def test_no_client_notices(processes: Processes, fault: signal.Signals) -> None:
-    processes.frontend("--link", "session", "--heartbeat", "0.5")
+    processes.frontend("--link", "session", "--heartbeat", "1")
     processes.worker("prefill", "prefill")
     for name in DECODES:
         processes.worker(name, "decode", "--drain-timeout", "0.2", sim=f"decode_step={STEP_SECONDS}")

@@ -178,7 +178,7 @@ def phases_of_cancels(log: str) -> Counter[str]:
 
 @pytest.mark.peers(6, 13)
 async def test_ten_thousand_requests_leave_nothing_behind(processes: Processes) -> None:
-    processes.frontend("--link", "session", "--heartbeat", "0.5", "--log-format", "json")
+    processes.frontend("--link", "session", "--heartbeat", "2", "--log-format", "json")
     processes.worker("prefill", "prefill", sim=PREFILL)
     processes.worker("decode", "decode", sim=DECODE)
     async with Client(processes.target, timeout=60) as client:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import httpx
 
 from kvbaton.client import Client
+from kvbaton.errors import RequestError
 from services.registry.local import LocalEtcd
 from tests.support import freezing
 from tests.support.ports import free_port
@@ -163,8 +164,11 @@ class FaultCluster:
         )
 
     async def routable(self) -> set[str]:
-        """The workers that the first frontend can route to now."""
-        status = await self.clients["frontend"].status()
+        """The workers that the first frontend can route to now; none if it doesn't say."""
+        try:
+            status = await self.clients["frontend"].status()
+        except RequestError:
+            return set()
         endpoints = {worker.record.grpc_endpoint.rpartition(":")[2] for worker in status.workers if worker.routable}
         return {name for name in self.workers if self.processes.grpc_endpoints[name].rpartition(":")[2] in endpoints}
 
