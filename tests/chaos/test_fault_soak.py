@@ -38,7 +38,8 @@ SUCCEED = 0.99
 MEMORY_GROWTH = 0.10
 # A worker's streams and connections come back one after the other, and one of them may be between two tries.
 SETTLING = 5.0
-FLUCTUATION = 2
+# What every fault leaves would be dozens; of what one kind leaves a run of a minute shows three or four.
+FLUCTUATION = 3
 FAULT_EVERY = 1.0
 # How many times fewer a busy machine may have.
 SLACK = 3.0
