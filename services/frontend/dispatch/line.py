@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +40,8 @@ class Ticket:
         self.priority = priority
         self.number = number
         self.excluded = excluded
+        self.away: frozenset[Incarnation] = frozenset()
+        """Those of them that have been seen to be away."""
         self.held = held
         self.prefers = ""
         """The prefill worker to take before others: its cache has the prompt."""
@@ -49,8 +50,6 @@ class Ticket:
         self.prompt: Prompt | None = None
         """None while it is being tokenized: the ticket keeps its place, and gets no workers yet."""
         self.waiting = True
-        self.patience: asyncio.TimerHandle | None = None
-        """It waits for workers that are not here yet, until then."""
         self.seat: Seats | None = None
         """Where it stands in its line; None without a prompt, and when it waits no longer."""
         self.rank: WorkerRank | None = None
@@ -100,7 +99,7 @@ class Ticket:
 
     def settle(self, result: Placement | RequestError) -> None:
         """The wait is over."""
-        self._wait_no_more()
+        self.waiting = False
         self._result = result
         if self._deliver is not None:
             self._deliver(result)
@@ -113,17 +112,11 @@ class Ticket:
     def leave(self) -> None:
         """The request wants no workers any more: out of the line, or the credit back. Idempotent."""
         if self.waiting:
-            self._wait_no_more()
+            self.waiting = False
             self._leave(self)
         elif isinstance(self._result, Placement):
             self._result.give_back()
         self._result = self._deliver = None
-
-    def _wait_no_more(self) -> None:
-        self.waiting = False
-        if self.patience is not None:
-            self.patience.cancel()
-            self.patience = None
 
 
 class Seats:

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import grpc
 
@@ -20,6 +20,7 @@ from kvbaton.errors import Reason, RequestError
 from services.frontend.dispatch.chooser import Chooser
 from services.frontend.dispatch.line import Line, Ticket
 from services.frontend.dispatch.pair_checks import PairChecks
+from services.frontend.dispatch.patience import PatientTickets
 from services.frontend.dispatch.targets import Targets
 from services.frontend.link.protocol import Credit
 from services.frontend.router.hints import NO_HINTS, Hints
@@ -46,6 +47,7 @@ class DispatchQueue:
         self._chooser = Chooser(policies, pairs)
         self._limit = limit
         self._ready_timeout = ready_timeout
+        self._patient = PatientTickets(ready_timeout, self._end_patience)
         # By model without workers.
         self._giving_up: dict[str, asyncio.TimerHandle] = {}
         self._lines: dict[str, Line] = {}
@@ -121,12 +123,14 @@ class DispatchQueue:
             ready=self._described,
             leave=self._left,
         )
-        if not self._fits_somebody(again):
-            if not patient or not self._ready_timeout:
-                return None
-            again.patience = asyncio.get_running_loop().call_later(self._ready_timeout, self._end_patience, again)
         again.prompt = prompt or ticket.prompt
-        return self._add(again)
+        targets = self._targets.possible(ticket.model)
+        if any(map(again.fits, targets)):
+            return self._add(again)
+        if not patient or not self._patient.add(again):
+            return None
+        self._enter_served(ticket.model, targets)
+        return again
 
     def workers_changed(self) -> None:
         """Some worker came, went, or can't be routed to any more."""
@@ -173,6 +177,8 @@ class DispatchQueue:
         self._serve(ticket.model, line)
 
     def _left(self, ticket: Ticket) -> None:
+        if self._patient.remove(ticket):
+            return
         if ticket.held:
             self._count(ticket, -1)
             return
@@ -188,7 +194,10 @@ class DispatchQueue:
         ticket.settle(result)
 
     def _remove(self, ticket: Ticket) -> None:
-        self._lines[ticket.model].removed(ticket)
+        line = self._lines[ticket.model]
+        line.removed(ticket)
+        if not line and (timer := self._giving_up.pop(ticket.model, None)) is not None:
+            timer.cancel()
         self._count(ticket, -1)
 
     def _count(self, ticket: Ticket, change: int) -> None:
@@ -221,6 +230,8 @@ class DispatchQueue:
 
     def _serve_all(self) -> None:
         self._targets.changed()
+        for model in self._patient.models():
+            self._enter_served(model, self._targets.possible(model))
         for model, line in self._lines.items():
             line.reopen_all()
             if line:
@@ -229,17 +240,17 @@ class DispatchQueue:
 
     def _end_hopeless(self, model: str, tickets: Iterable[Ticket]) -> None:
         """Requests whose last possible workers have gone while others of the model are there."""
-        for ticket in tickets if self._targets.possible(model) else ():
-            if ticket.patience is None and not self._fits_somebody(ticket):
+        targets = self._targets.possible(model)
+        for ticket in tickets if targets else ():
+            if not any(map(ticket.fits, targets)):
                 self._settle(ticket, self._router.unmet(model, ticket.hints))
 
-    def _end_patience(self, ticket: Ticket) -> None:
-        ticket.patience = None
-        if not self._fits_somebody(ticket):
-            self._settle(ticket, self._router.unmet(ticket.model, ticket.hints))
+    def _enter_served(self, model: str, targets: Collection[Target]) -> None:
+        for ticket in self._patient.served(model, targets):
+            self._add(ticket)
 
-    def _fits_somebody(self, ticket: Ticket) -> bool:
-        return any(map(ticket.fits, self._targets.possible(ticket.model)))
+    def _end_patience(self, ticket: Ticket) -> None:
+        ticket.settle(self._router.no_worker(ticket.model))
 
     def _serve(self, model: str, line: Line) -> None:
         """Hands out what has come, then asks for what is still needed; a stream's credits come at once."""
@@ -258,7 +269,7 @@ class DispatchQueue:
                 return
 
     def _give_up(self, model: str) -> None:
-        del self._giving_up[model]
+        self._giving_up.pop(model, None)
         error = self._router.no_worker(model)
         for ticket in list(self._lines[model]):
             self._settle(ticket, error)

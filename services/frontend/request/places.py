@@ -19,6 +19,9 @@ from services.frontend.request.retry import RetryPolicy, leaves
 from services.frontend.router.placement import Placement
 from services.frontend.router.policies.policy import Prompt
 
+# None of the workers that it may have is there, or the one that it names.
+_NOBODY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)
+
 
 class Places:
     """Of one choice of a request, with `ticket` as its first place; each is for what is left of the answer then."""
@@ -62,7 +65,7 @@ class Places:
             try:
                 placement = await self._turn(self._ticket)
             except RequestError as error:
-                if self._failure is None or error.code is not grpc.StatusCode.UNAVAILABLE:
+                if self._failure is None or error.code not in _NOBODY:
                     raise
                 # All that it was to have are gone, or didn't come; those that it was to do without may serve again.
                 self._retry.forgive()
@@ -106,12 +109,13 @@ class Places:
                 return item.result
 
     def _next(self, error: RequestError, *, patient: bool = False) -> Ticket:
-        prompt, choices = self._prompt(), list(self._retry.exclusions())
-        for excluded in choices:
-            if (again := self._queue.enter_again(self._ticket, excluded, prompt)) is not None:
+        choices = [(excluded, False) for excluded in self._retry.exclusions()]
+        if patient:
+            choices.append((self._retry.avoided(), True))
+        prompt = self._prompt()
+        for excluded, waits in choices:
+            if (again := self._queue.enter_again(self._ticket, excluded, prompt, patient=waits)) is not None:
                 return again
-        if patient and (again := self._queue.enter_again(self._ticket, choices[0], prompt, patient=True)) is not None:
-            return again
         raise error  # nobody is left to try: what failed is the better answer
 
     def _prompt(self) -> Prompt:

@@ -26,7 +26,7 @@ _ONE_WORKERS_FAULT = frozenset(
         Reason.LEG_ENDED_EARLY,
     }
 )
-# That worker will be gone, and another process may take its place. One that is silent may stay so for long.
+# That worker is gone or going: it comes back, or another process takes its place. One that is silent may stay so.
 _LEAVES = _ONE_WORKERS_FAULT - {Reason.LEG_ENDED_EARLY, Reason.WORKER_SILENT}
 _JITTER_SECONDS = 0.05
 
@@ -78,8 +78,12 @@ class RetryPolicy:
         yield frozenset(certain.union(*suspects.values()))
         for role in list(suspects):
             yield frozenset(certain | suspects[role])
-        if not certain <= (forgiving := frozenset(self._latest | self._unfit)):
+        if not certain <= (forgiving := self.avoided()):
             yield forgiving
+
+    def avoided(self) -> frozenset[Incarnation]:
+        """What to wait without where nothing else is left: the last attempt's failures."""
+        return frozenset(self._latest | self._unfit)
 
     def pause(self) -> float:
         """Seconds until the next attempt: a little, and not the same for every request of a failed worker."""
@@ -94,5 +98,5 @@ def retryable(error: RequestError) -> bool:
 
 
 def leaves(error: RequestError) -> bool:
-    """Whether the worker is on its way out, so that waiting for its successor makes sense."""
+    """Whether the worker is on its way out, so that waiting for it or its successor makes sense."""
     return error.reason in _LEAVES

@@ -392,6 +392,62 @@ async def test_a_patient_retry_waits_for_the_process_that_takes_the_workers_plac
     assert placed(again).decode.record.incarnation.uuid == "another"
 
 
+async def test_one_whose_worker_was_away_and_is_back_waits_no_longer() -> None:
+    """It was the connection that had broken, not the process."""
+    house = House(worker := decode(), ready_timeout=5.0)
+    ticket = house.enter()
+    house.grant(worker)
+    every = house.router.all
+    house.router.all = []
+    house.queue.workers_changed()
+    again = house.queue.enter_again(ticket, frozenset({"decode/d0"}), patient=True)
+    assert again is not None
+    assert result(again) is None
+    house.router.all = every
+    house.queue.workers_changed()
+    house.grant(worker)
+    assert placed(again).decode.instance_id == "d0"
+
+
+async def test_patient_retries_cost_others_nothing() -> None:
+    house = House(worker := decode(), other := decode("d1"), ready_timeout=5.0)
+    tickets = [house.enter(hints=Hints(decode="d0")) for _ in range(20)]
+    house.grant(worker, 20)
+    patient = [house.queue.enter_again(each, frozenset({"decode/d0"}), patient=True) for each in tickets]
+    assert all(each is not None for each in patient)
+    looked = 0
+    possible = Target.possible
+
+    def counting(self: Target, *args: Any) -> bool:
+        nonlocal looked
+        looked += 1
+        return possible(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Target, "possible", counting)
+        ticket = house.enter()
+        house.grant(other)
+    assert placed(ticket).decode.instance_id == "d1"
+    assert looked < 20, "none of those that wait is asked about the credit"
+    assert len(house.queue) == 0
+
+
+async def test_others_do_not_cut_its_patience_short() -> None:
+    house = House(worker := decode(), ready_timeout=1.0)
+    first, second = house.enter(), house.enter()
+    house.grant(worker)
+    house.router.all = []
+    house.queue.workers_changed()
+    assert result(second) is None
+    await asyncio.sleep(0.6)
+    again = house.queue.enter_again(first, frozenset({"decode/d0"}), patient=True)
+    assert again is not None
+    await eventually(lambda: not second.waiting)
+    assert isinstance(result(second), RequestError)
+    assert again.waiting
+    again.leave()
+
+
 async def test_its_patience_ends() -> None:
     house = House(worker := decode(), ready_timeout=0.05)
     ticket = house.enter()
@@ -410,7 +466,9 @@ async def test_a_patient_retry_that_leaves_is_forgotten() -> None:
     again = house.queue.enter_again(ticket, frozenset({"decode/d0"}), patient=True)
     assert again is not None
     again.leave()
-    assert again.patience is None
+    house.router.all = [Target(cast("Any", decode("d1", free=1)), tuple(cast("Any", house.prefills)))]
+    house.queue.workers_changed()
+    assert result(again) is None
     assert len(house.queue) == 0
 
 
