@@ -113,6 +113,11 @@ class WorkerConfig:
         "seconds until the engine itself gives up a hand-shake or transfer; default: 10 more than --prefill-timeout and"
         " --transfer-timeout give 128k tokens and 16 GiB",
     )
+    gone_writer_timeout: float = flag(
+        1.0,
+        "seconds for which a prefill process's port must refuse connections until decode gives back the pages that it"
+        " was writing into; 0: never, which leaves it to the engine's own deadline",
+    )
     lease_ttl: float = flag(10.0, "seconds until etcd forgets a worker that doesn't renew")
 
     phases: PhaseFlags = group(PhaseFlags)
@@ -136,8 +141,9 @@ class WorkerConfig:
             raise ValueError("--backstop-timeout must be positive")
         if self.window < 0:
             raise ValueError("--window must not be negative")
-        if self.drain_grace < 0:
-            raise ValueError("--drain-grace must not be negative")
+        for name in ("drain_grace", "gone_writer_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
         for name, lowest in (("port", 0), ("system_port", 0), ("disaggregation_bootstrap_port", 1)):
             if not lowest <= getattr(self, name) < 65536:
                 raise ValueError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not a port")

@@ -174,6 +174,7 @@ class _Process:
                 metrics=config.enable_metrics,
                 spans=spans_target(os.environ) if config.trace.enable_otel else None,
                 backstop_timeout_s=config.backstop,
+                gone_writer_timeout_s=config.gone_writer_timeout,
             )
         )
 

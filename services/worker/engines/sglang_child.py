@@ -17,7 +17,7 @@ from typing import Any
 
 from services.worker.engines import sglang_grammar as grammars
 from services.worker.engines.grammar_trials import TrialServer, trial_socket
-from services.worker.engines.sglang_writers import release_pages_of_dead_writers
+from services.worker.engines.sglang_writers import GONE_WRITER_TIMEOUT, Writers, release_pages_of_dead_writers
 
 # SGLang's progress thread for NIXL spins a whole core with its default of 0.
 _NIXL_PROGRESS_DELAY_US = 1000
@@ -33,8 +33,9 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
     server_args: Any = args[0] if args else kwargs["server_args"]
     grammars.build_from_models_tokenizer()
     try_grammars_out(server_args)
-    if server_args.disaggregation_mode == "decode":
-        release_pages_of_dead_writers()
+    gone_after = float(os.environ[GONE_WRITER_TIMEOUT])
+    if server_args.disaggregation_mode == "decode" and gone_after:
+        release_pages_of_dead_writers(Writers(gone_after))
     count_min_new_tokens_without_tokenizer()
     draw_alike_in_every_batch()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":

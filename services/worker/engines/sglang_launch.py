@@ -21,6 +21,7 @@ from services.modes import Mode, mode_of
 from services.telemetry.otlp import OtlpTarget
 from services.worker.engines.protocol import Role
 from services.worker.engines.sglang_death import on_sigquit
+from services.worker.engines.sglang_writers import GONE_WRITER_TIMEOUT
 
 CPU_STANDINS = Path(__file__).parent / "cpu_standins"
 
@@ -67,6 +68,7 @@ class SglangOptions:
     """Where SGLang exports spans of its own; None: nowhere."""
 
     backstop_timeout_s: float = 120.0
+    gone_writer_timeout_s: float = 1.0
     """When SGLang itself gives up a hand-shake or a transfer; longer than every deadline of ours."""
 
     abort_timeout_s: float = 5.0
@@ -184,6 +186,7 @@ def environment(options: SglangOptions, tmp_dir: Path, inherited: Mapping[str, s
         "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
         "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": backstop,
         "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": backstop,
+        GONE_WRITER_TIMEOUT: str(options.gone_writer_timeout_s),
         # Log probabilities of one distribution, whatever the temperature is: what the contract says.
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
     }
