@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import dataclass
 
@@ -14,13 +15,15 @@ from tests.support.waiting import eventually
 # Prefilled in many chunks, each of which is sent as soon as it is computed.
 PROMPT = list(range(5000, 5640))
 CHUNK = 64
+DOOMED = "doomed"
 SAMPLING = SamplingParams(max_new_tokens=16, temperature=0, ignore_eos=True)
 
 
 @dataclass(frozen=True)
 class LostPrefill:
-    """What was seen. `sent`: bytes of KV cache, of `whole_cache`, that had left at the kill. `free_after`:
-    seconds from then until decode held no page. `retried` was amid the kill, `next` came while nobody was there.
+    """What was seen. `sent`: bytes of KV cache, of `whole_cache`, that had left before the kill. `free_after`: seconds
+    from the kill until decode held no page. `retried` was amid the kill, `next` came while nobody was there. `said` by
+    decode of the pages, and by the frontend of the attempt that failed.
     """
 
     undisturbed: list[int]
@@ -30,6 +33,7 @@ class LostPrefill:
     free_after: float
     retried: Answer
     next: Answer
+    said: dict[str, list[str]]
 
 
 async def ask_undisturbed(client: Client, prefill: str) -> list[int]:
@@ -45,7 +49,8 @@ async def lose_prefill(
     await client.generate(token_ids=PROMPT[:1], sampling=SAMPLING)  # proves the pair, and wakes NIXL's telemetry
     before = await settled(telemetry, "agent_tx_bytes_total")
     async with asyncio.TaskGroup() as asking, Client(processes.grpc_endpoints[decode]) as survivor:
-        retried = asking.create_task(client.generate(token_ids=PROMPT, sampling=SAMPLING, timeout=240))
+        asked = client.generate(token_ids=PROMPT, sampling=SAMPLING, timeout=240, request_id=DOOMED)
+        retried = asking.create_task(asked)
 
         async def sent() -> float:
             return await sample(telemetry, "agent_tx_bytes_total") - before
@@ -63,6 +68,11 @@ async def lose_prefill(
         free_after = time.monotonic() - killed
         processes.restart(prefill)
     await all_routable(client, 2)
+    words = {
+        "decode": (decode, "what it was writing into is free"),
+        "frontend": ("frontend", f"attempt failed.*{DOOMED}"),
+    }
+    said = {who: re.findall(f".*{what}.*", processes.log(name)) for who, (name, what) in words.items()}
     return LostPrefill(
-        undisturbed, moved, len(PROMPT) * bytes_per_token, held, free_after, retried.result(), following.result()
+        undisturbed, moved, len(PROMPT) * bytes_per_token, held, free_after, retried.result(), following.result(), said
     )

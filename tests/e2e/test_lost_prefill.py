@@ -15,10 +15,12 @@ FREE_WITHIN, SLACK = 5.0, 3.0
 async def test_the_worker_was_killed_amid_the_transfer(lost_prefill: LostPrefill) -> None:
     assert 0 < lost_prefill.sent < lost_prefill.whole_cache
     assert lost_prefill.held >= len(PROMPT)
+    assert len(lost_prefill.said["frontend"]) == 1, "its attempt was not over"
 
 
 @pytest.mark.peers(1)
 async def test_decode_gives_the_pages_back_although_nobody_confirms(lost_prefill: LostPrefill) -> None:
+    assert lost_prefill.said["decode"], "because the process had ended"
     assert lost_prefill.free_after < SLACK * FREE_WITHIN
 
 

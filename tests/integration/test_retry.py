@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -171,3 +172,19 @@ async def test_nobody_comes_and_the_workers_error_is_the_requests(etcd_endpoint:
             await asyncio.wait_for(running, 10)
         assert caught.value.reason is Reason.ENGINE_DEAD
         await eventually(lambda: not decode.engine.live, within=5)
+
+
+async def test_a_worker_that_only_lost_its_connection_is_used_again(etcd_endpoint: str, model_folder: Path) -> None:
+    """Within the time for which others would be waited for, which is longer than the test."""
+    async with FakeCluster(
+        etcd_endpoint, f"t-{time.time_ns()}", model_folder, heartbeat=2.0, ready_queue_timeout=300.0
+    ) as cluster:
+        prefill, decode = await cluster.start_pair()
+        prefill.engine.behaviour.hang = True
+        running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY))
+        await eventually(lambda: prefill.engine.live)
+        prefill.engine.behaviour.hang = False
+        (worker,) = (each for each in cluster.frontend.workers.all() if each.role is Role.PREFILL)
+        cast("Any", worker.link)._outgoing.close()
+        assert (await asyncio.wait_for(running, 20)).token_ids == expected_tokens(PROMPT, 8)
+        await eventually(lambda: not decode.engine.live and not prefill.engine.live, within=10)

@@ -39,7 +39,7 @@ The times are those of one recorded run on two shared cores, in seconds; they di
 
 With SGLang two of them take longer than here: its decode worker gives the pages of a killed prefill's transfer back
 when prefill's own port has refused connections for a second (`tests/e2e/test_lost_prefill.py`; 30 s where the whole
-host is away), and takes a silent prefill for dead after up to 5 s. The simulated one learns both within a second, so
+host is away), and takes a silent prefill for dead after about 5 s. The simulated one learns both within a second, so
 that what is seen is the time that Baton takes.
 
 | phase | fault | outcome | noticed | ended | slot free |
