@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
 import pytest
 
-from kvbaton.client import SamplingParams
+from kvbaton.client import Answer, SamplingParams
 from kvbaton.errors import Reason, RequestError
 from services.requests import Role
 from tests.support.cluster import FakeCluster, HostedWorker
@@ -145,46 +147,53 @@ async def test_cancelling_between_attempts_ends_the_request(
     assert caught.value.code is grpc.StatusCode.CANCELLED
 
 
-async def test_a_request_that_loses_its_only_workers_waits_for_others(etcd_endpoint: str, model_folder: Path) -> None:
+@contextlib.asynccontextmanager
+async def one_pair_amid_a_request(
+    etcd_endpoint: str, model_folder: Path, *, ready_queue_timeout: float
+) -> AsyncGenerator[tuple[FakeCluster, HostedWorker, asyncio.Task[Answer]]]:
+    """The cluster, its one prefill worker, which has the request and says nothing, and what asks."""
     async with FakeCluster(
-        etcd_endpoint, f"t-{time.time_ns()}", model_folder, heartbeat=2.0, ready_queue_timeout=20.0
+        etcd_endpoint,
+        f"t-{time.time_ns()}",
+        model_folder,
+        heartbeat=2.0,
+        ready_queue_timeout=ready_queue_timeout,
     ) as cluster:
         prefill, decode = await cluster.start_pair()
         prefill.engine.behaviour.hang = True
         running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY))
         await eventually(lambda: prefill.engine.live)
+        yield cluster, prefill, running
+        await eventually(lambda: not decode.engine.live, within=10)
+
+
+async def test_a_request_that_loses_its_only_workers_waits_for_others(etcd_endpoint: str, model_folder: Path) -> None:
+    async with one_pair_amid_a_request(etcd_endpoint, model_folder, ready_queue_timeout=20.0) as (
+        cluster,
+        prefill,
+        running,
+    ):
         prefill.engine.die("scheduler killed")
-        await eventually(lambda: not decode.engine.live, within=5)
         await cluster.start_worker(Role.PREFILL)
         assert (await asyncio.wait_for(running, 20)).token_ids == expected_tokens(PROMPT, 8)
 
 
 async def test_nobody_comes_and_the_workers_error_is_the_requests(etcd_endpoint: str, model_folder: Path) -> None:
-    async with FakeCluster(
-        etcd_endpoint, f"t-{time.time_ns()}", model_folder, heartbeat=2.0, ready_queue_timeout=0.5
-    ) as cluster:
-        prefill, decode = await cluster.start_pair()
-        prefill.engine.behaviour.hang = True
-        running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY))
-        await eventually(lambda: prefill.engine.live)
+    async with one_pair_amid_a_request(etcd_endpoint, model_folder, ready_queue_timeout=0.5) as (_, prefill, running):
         prefill.engine.die("scheduler killed")
         with pytest.raises(RequestError) as caught:
             await asyncio.wait_for(running, 10)
         assert caught.value.reason is Reason.ENGINE_DEAD
-        await eventually(lambda: not decode.engine.live, within=5)
 
 
 async def test_a_worker_that_only_lost_its_connection_is_used_again(etcd_endpoint: str, model_folder: Path) -> None:
     """Within the time for which others would be waited for, which is longer than the test."""
-    async with FakeCluster(
-        etcd_endpoint, f"t-{time.time_ns()}", model_folder, heartbeat=2.0, ready_queue_timeout=300.0
-    ) as cluster:
-        prefill, decode = await cluster.start_pair()
-        prefill.engine.behaviour.hang = True
-        running = asyncio.create_task(cluster.client.generate(token_ids=PROMPT, sampling=GREEDY))
-        await eventually(lambda: prefill.engine.live)
+    async with one_pair_amid_a_request(etcd_endpoint, model_folder, ready_queue_timeout=300.0) as (
+        cluster,
+        prefill,
+        running,
+    ):
         prefill.engine.behaviour.hang = False
         (worker,) = (each for each in cluster.frontend.workers.all() if each.role is Role.PREFILL)
         cast("Any", worker.link)._outgoing.close()
         assert (await asyncio.wait_for(running, 20)).token_ids == expected_tokens(PROMPT, 8)
-        await eventually(lambda: not decode.engine.live and not prefill.engine.live, within=10)
