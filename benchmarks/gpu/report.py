@@ -41,11 +41,21 @@ def read(folder: Path, *, any_device: bool) -> dict[str, dict[str, Any]]:
             print(f"{stage}: no {path.name}; its section stays")
             continue
         result = json.loads(path.read_text())
-        if any_device or (result["device"] == "cuda" and not result["quick"]):
-            results[stage] = result
+        if not any_device and (reason := _why_not(result)):
+            print(f"{stage}: {reason}; its section stays")
         else:
-            print(f"{stage}: of a {'quick ' if result['quick'] else ''}run on {result['device']}; its section stays")
+            results[stage] = result
     return results
+
+
+def _why_not(result: dict[str, Any]) -> str:
+    """Empty for a result that says something of GPUs."""
+    if result["device"] != "cuda" or result["quick"] or result.get("simulated"):
+        kind = "simulated " if result.get("simulated") else "quick " if result["quick"] else ""
+        return f"of a {kind}run on {result['device']}"
+    if not any(each["ok"] for each in result["checks"]) or not result.get("rows", True):
+        return "it broke off before there was anything"
+    return ""
 
 
 def merge(document: Path, results: dict[str, dict[str, Any]]) -> list[str]:

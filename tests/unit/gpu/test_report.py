@@ -16,7 +16,7 @@ HEAD: dict[str, Any] = {
     "ok": True,
     "when": "2026-12-01 10:00:00",
     "gpus": ["2 x H200"],
-    "checks": [],
+    "checks": [{"name": "5 tokens", "ok": True, "said": ""}],
 }
 SMOKE: dict[str, Any] = {
     **HEAD,
@@ -88,3 +88,22 @@ def test_a_document_without_marks_is_refused(tmp_path: Path) -> None:
     path.write_text("# GPU runs\n")
     with pytest.raises(ValueError, match="substring not found"):
         merge(path, {"smoke": SMOKE})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"device": "cpu"},
+        {"quick": True},
+        {"simulated": True},
+        {"rows": []},
+        {"checks": [{"name": "bench", "ok": False, "said": "TimeoutError"}]},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_says_nothing_of_gpus_replaces_nothing(tmp_path: Path, changed: dict[str, Any]) -> None:
+    (tmp_path / "smoke.json").write_text(json.dumps(SMOKE))
+    assert set(read(tmp_path, any_device=False)) == {"smoke"}
+    (tmp_path / "smoke.json").write_text(json.dumps({**SMOKE, **changed}))
+    assert not read(tmp_path, any_device=False)
+    assert set(read(tmp_path, any_device=True)) == {"smoke"}
