@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import secrets
 import sys
@@ -14,6 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from benchmarks.gpu.systems import Prompt
 
@@ -71,7 +72,7 @@ class BareEngine:
         answers = self._answers[number] = asyncio.Queue[dict[str, Any]]()
         sampling = {"max_new_tokens": prompt.output_tokens, "temperature": 0.0, "ignore_eos": True}
         request = {"number": number, "input_ids": prompt.token_ids, "sampling_params": sampling, **arguments}
-        self._writer.write(json.dumps(request).encode() + b"\n")
+        self._writer.write(orjson.dumps(request) + b"\n")
         try:
             while True:
                 line = await answers.get()
@@ -86,7 +87,7 @@ class BareEngine:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while raw := await reader.readline():
-            line = json.loads(raw)
+            line = orjson.loads(raw)
             if (answers := self._answers.get(line["number"])) is not None:
                 answers.put_nowait(line)
 
@@ -105,6 +106,7 @@ class BarePair:
         room = 1 + secrets.randbelow((1 << 63) - 1)
         where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.bootstrap_port, "bootstrap_room": room}
         prefilling = asyncio.create_task(_to_the_end(self.prefill.stream(prompt, **where)))
+        await asyncio.sleep(0)  # prefill's leg is sent first
         async for tokens in self.decode.stream(prompt, **where):
             yield tokens
         await prefilling

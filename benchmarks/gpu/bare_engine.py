@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -71,7 +72,7 @@ async def serve(engine: Any, path: Path) -> None:
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.TaskGroup() as group:
             while line := await reader.readline():
-                group.create_task(answer(engine, json.loads(line), writer))
+                group.create_task(answer(engine, orjson.loads(line), writer))
         writer.close()
 
     server = await asyncio.start_unix_server(connected, path, limit=1 << 24)
@@ -90,11 +91,10 @@ async def answer(engine: Any, request: dict[str, Any], writer: asyncio.StreamWri
             tokens = chunk.get("output_ids") or []
             cached = chunk["meta_info"].get("cached_tokens") or 0
             line = {"number": number, "tokens": tokens, "end": reason and reason["type"], "cached": cached}
-            writer.write(json.dumps(line).encode() + b"\n")
+            writer.write(orjson.dumps(line) + b"\n")
     except Exception as error:  # noqa: BLE001 - the driver raises it
-        writer.write(
-            json.dumps({"number": number, "tokens": [], "end": f"failed: {error}", "cached": 0}).encode() + b"\n"
-        )
+        line = {"number": number, "tokens": [], "end": f"failed: {error}", "cached": 0}
+        writer.write(orjson.dumps(line) + b"\n")
     with contextlib.suppress(ConnectionError):
         await writer.drain()
 
