@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import io
+import os
 import platform
 import shutil
 import signal
@@ -89,11 +91,17 @@ def _parse() -> argparse.Namespace:
 def _archive(logs: Path, path: Path) -> None:
     """One file instead of many: the GPU host gives few files back."""
 
-    def short(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        return member if member.isdir() or (member.isreg() and member.size <= _LOG_BYTES) else None
-
+    top = path.name.removesuffix(".tar.gz")
     with tarfile.open(path, "w:gz") as archive:
-        archive.add(logs, arcname=f"{path.name.removesuffix('.tar.gz')}", filter=short)
+        for file in sorted(logs.rglob("*")):
+            if not file.is_file() or file.is_symlink():
+                continue
+            with file.open("rb") as log:
+                log.seek(-min(_LOG_BYTES, file.stat().st_size), os.SEEK_END)
+                end = log.read(_LOG_BYTES)
+            member = tarfile.TarInfo(f"{top}/{file.relative_to(logs)}")
+            member.size, member.mtime = len(end), int(file.stat().st_mtime)
+            archive.addfile(member, io.BytesIO(end))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ async def _requests(
         lines.new()
         asked = await ask(Prompt(token_ids, _OUTPUT_TOKENS))
         told = await _told(lines)
+        if number == -1 and not complete(told):
+            raise RuntimeError(f"the probe told of {sorted({line['event'] for line in told})} only")
         if number >= 0:
             found.append((asked, told))
     return found
