@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from benchmarks.gpu.prompts import prompt
 from kvbaton.client import Answer, Client, SamplingParams
 
 NEAR_TIE = 0.05
@@ -68,6 +69,13 @@ async def ask(client: Client, token_ids: Iterable[int], output_tokens: int) -> A
     """Greedy, with two candidates for each token."""
     answer = await client.generate(token_ids=token_ids, sampling=greedy(output_tokens), logprobs=2)
     return answered(answer)
+
+
+async def depend_on_the_context(client: Client, vocabulary: int) -> bool:
+    """Whether another prompt with the same last token has another answer: else equal tokens prove nothing."""
+    one = prompt(200, "one context", vocabulary)
+    other = [*prompt(199, "another context", vocabulary), one[-1]]
+    return (await ask(client, one, 8)).tokens != (await ask(client, other, 8)).tokens
 
 
 def answered(answer: Answer) -> Answered:

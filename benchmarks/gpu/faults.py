@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.gpu.answers import Answered, difference
+from benchmarks.gpu.answers import Answered, depend_on_the_context, difference
 from benchmarks.gpu.fleet import Ended, Fleet, attempts, first
 from benchmarks.gpu.launch import Setup, baton, shape
 from benchmarks.gpu.outcome import Outcome
@@ -100,6 +100,8 @@ class Drill:
 
     async def remember(self) -> None:
         """What a healthy cluster answers; every later answer is compared with it."""
+        means_something = await depend_on_the_context(self._fleet.running.client, self._setup.vocabulary)
+        self._outcome.check("answers depend on the context", means_something)
         for length in self._sizes.lengths:
             ended = await self._ask(f"reference-{length}", length)
             if ended.answer is None:
@@ -139,6 +141,8 @@ class Drill:
         if alone:  # nobody else could take the request
             await self._cluster.restart(doomed)
         ended = await sending
+        if not self._setup.simulated:
+            self._outcome.check("prefill killed: amid its writes", posted)
         self._outcome.data["killed"] = {"worker": doomed, "after_first_write": posted}
         tried = await attempts(self._fleet.running.log("frontend"), "doomed")
         said = f"{ended}, {tried} attempts, {'amid its writes' if posted else 'amid its prefill'}"

@@ -39,7 +39,8 @@ _BARE_CPU_FLAGS = (
 _BARE_CPU_PAIR = ("--disable-overlap-schedule", "--disaggregation-decode-retraction-backup", "cpu_tensor")
 # Of all clusters of this process: some start at the same time.
 _PORTS = Ports()
-_READY_SECONDS = 420.0
+# An engine that never gets there must not take the time of what comes behind it.
+_READY_SECONDS = 200.0
 _CALL_SECONDS = 240.0
 
 
@@ -74,11 +75,16 @@ class Setup:
 
     def worker_env(self) -> dict[str, str]:
         """The environment of workers and bare engines beside what they inherit."""
-        if not self.probe or self.simulated:
+        dummy = "dummy" in self.flags
+        if self.simulated or not (self.probe or dummy):
             return dict(self.env)
-        self.probe_folder.mkdir(parents=True, exist_ok=True)
         path = [str(PROBE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        told = {"PYTHONPATH": os.pathsep.join(path), "KVBATON_ENGINE_PROBE": str(self.probe_folder.resolve())}
+        told = {"PYTHONPATH": os.pathsep.join(path)}
+        if dummy:
+            told["KVBATON_DUMMY_WEIGHTS"] = "1"
+        if self.probe:
+            self.probe_folder.mkdir(parents=True, exist_ok=True)
+            told["KVBATON_ENGINE_PROBE"] = str(self.probe_folder.resolve())
         return {**told, **self.env}
 
     def with_flags(self, *flags: str) -> Setup:

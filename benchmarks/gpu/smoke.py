@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.gpu.answers import greedy
+from benchmarks.gpu.answers import depend_on_the_context, greedy
 from benchmarks.gpu.launch import Setup, baton, shape
 from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.prompts import prompt
@@ -68,12 +68,13 @@ async def _compare(setup: Setup, outcome: Outcome) -> None:
 async def _answers(mode: Literal["agg", "disagg"], setup: Setup, lengths: tuple[int, ...]) -> Run:
     """Starts the cluster, asks every prompt, stops it."""
     async with baton(setup, mode, mode) as running:
-        result = Run(mode, running.ready, running.versions, {}, {}, {})
+        depend = await depend_on_the_context(running.client, setup.vocabulary)
+        result = Run(mode, running.ready, running.versions, {}, {}, {"answers depend on the context": depend})
         for length in lengths:
             result.tokens[length], result.first_token[length] = await _ask(running.client, length, setup.vocabulary)
         if not setup.simulated:
             end = (await running.client.model_info()).eos_token_ids[0]
-            result.features = await _features(running.client, end, setup.vocabulary)
+            result.features |= await _features(running.client, end, setup.vocabulary)
     return result
 
 

@@ -1,7 +1,9 @@
-"""An SGLang plugin that writes down when each request and each NIXL transfer of this process did what.
+"""An SGLang plugin with what benchmarks need inside engines: a probe, and dummy weights whose answers mean something.
 
-SGLang loads it where this folder is on PYTHONPATH (`sglang.srt.plugins` entry point), in 0.5.17 and 0.5.23 alike. A
-JSON object a line goes to `$KVBATON_ENGINE_PROBE/<pid>.jsonl`, times in seconds since the epoch:
+SGLang loads it where this folder is on PYTHONPATH (`sglang.srt.plugins` entry point), in 0.5.17 and 0.5.23 alike.
+
+With `$KVBATON_ENGINE_PROBE` it writes down when each request and each NIXL transfer of this process did what. A JSON
+object a line goes to `$KVBATON_ENGINE_PROBE/<pid>.jsonl`, times in seconds since the epoch:
 
     {"event": "posted", "time"}                                       a NIXL write is handed to the backend
     {"event": "written", "time", "bytes", "descriptors", "post_us", "transfer_us"}   SGLang has seen it complete
@@ -9,6 +11,10 @@ JSON object a line goes to `$KVBATON_ENGINE_PROBE/<pid>.jsonl`, times in seconds
 
 A request's writes are its KV pages, chunk by chunk, and one of about 1 600 bytes with the first token. `times` has what
 SGLang's own `SchedulerReqTimeStats` has. Only benchmarks load this: a wrapped call costs some microseconds.
+
+With `$KVBATON_DUMMY_WEIGHTS` it takes the place of SGLang's own for `--load-format dummy`, which are all within 1e-3 of
+0, norms too, and the same in every layer: attention then changes nothing that bfloat16 can show, an answer depends on
+the prompt's last token alone, and a KV cache of zeros would give it too.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import json
 import os
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +47,16 @@ class Writer:
 
 def install() -> None:
     """What SGLang calls in each of its processes."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if os.environ.get("KVBATON_DUMMY_WEIGHTS"):
+        HookRegistry.register(
+            "sglang.srt.model_loader.weight_utils.initialize_dummy_weights", dummy_weights, HookType.REPLACE
+        )
     folder = os.environ.get("KVBATON_ENGINE_PROBE")
     if not folder:
         return
     from nixl._api import nixl_agent
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     writer = Writer(Path(folder))
     watch_transfers(nixl_agent, writer)
@@ -54,6 +66,21 @@ def install() -> None:
         return result
 
     HookRegistry.register("sglang.srt.managers.schedule_batch.Req.log_time_stats", told, HookType.AFTER)
+
+
+def dummy_weights(model: Any, *_: Any, **__: Any) -> None:
+    """Normal with deviation 0.02, norms 1; the same in every process, and others for every parameter."""
+    import torch
+
+    for name, parameter in model.state_dict().items():
+        if not torch.is_floating_point(parameter):
+            continue
+        if "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        generator = torch.Generator(device=parameter.device)
+        generator.manual_seed(zlib.crc32(name.encode()))
+        parameter.normal_(0.0, 0.02, generator=generator)
 
 
 def request_line(request: Any) -> dict[str, Any]:
