@@ -20,9 +20,6 @@ class PatientTickets:
         self._gave_up = gave_up
         self._timers: dict[str, dict[Ticket, asyncio.TimerHandle]] = {}
 
-    def __len__(self) -> int:
-        return sum(map(len, self._timers.values()))
-
     def add(self, ticket: Ticket) -> bool:
         """It waits from now on; False where nobody does."""
         if not self._timeout:
@@ -55,8 +52,7 @@ class PatientTickets:
         for ticket in sorted(self._timers.get(model, ())):
             returned = ticket.away & here
             ticket.away |= ticket.excluded - here
-            if returned:
-                ticket.excluded -= returned
+            ticket.excluded -= returned
             if any(map(ticket.fits, targets)):
                 served.append(ticket)
         for ticket in served:

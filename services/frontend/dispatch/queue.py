@@ -269,7 +269,7 @@ class DispatchQueue:
                 return
 
     def _give_up(self, model: str) -> None:
-        self._giving_up.pop(model, None)
+        del self._giving_up[model]
         error = self._router.no_worker(model)
         for ticket in list(self._lines[model]):
             self._settle(ticket, error)

@@ -33,7 +33,8 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
     server_args: Any = args[0] if args else kwargs["server_args"]
     grammars.build_from_models_tokenizer()
     try_grammars_out(server_args)
-    gone_after = float(os.environ[GONE_WRITER_TIMEOUT])
+    # Bare SGLang on a CPU, in benchmarks, comes here as well: what is Baton's own is off there.
+    gone_after = float(os.environ.get(GONE_WRITER_TIMEOUT, "0"))
     if server_args.disaggregation_mode == "decode" and gone_after:
         release_pages_of_dead_writers(Writers(gone_after))
     count_min_new_tokens_without_tokenizer()

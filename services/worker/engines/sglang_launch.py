@@ -68,8 +68,10 @@ class SglangOptions:
     """Where SGLang exports spans of its own; None: nowhere."""
 
     backstop_timeout_s: float = 120.0
-    gone_writer_timeout_s: float = 1.0
     """When SGLang itself gives up a hand-shake or a transfer; longer than every deadline of ours."""
+
+    gone_writer_timeout_s: float = 1.0
+    """For how long a prefill rank must refuse connections until decode takes it for ended; 0: it never does."""
 
     abort_timeout_s: float = 5.0
     """How long an aborted request may take to end; its iterator ends then whatever the engine does."""

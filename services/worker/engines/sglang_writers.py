@@ -84,7 +84,7 @@ class Writers:
                 self._looking = False
 
     def _watched(self) -> frozenset[Endpoint]:
-        """Nothing ends the looking."""
+        """The endpoints of all watched rooms; without any the looking ends."""
         now = time.monotonic()
         with self._lock:
             self._rooms = {room: each for room, each in self._rooms.items() if each[1] > now}
