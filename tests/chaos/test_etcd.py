@@ -197,7 +197,9 @@ async def test_killed_and_restarted(cluster: Cluster, etcd: LocalEtcd, tmp_path:
         await cluster.kill_one_and_start_one()
         for name in STAYING:  # an outage between two renewals of its lease is none to a worker
             await eventually(
-                lambda name=name: cluster.changes(name)[before[name] :], within=30, what=f"{name} tells that it lost etcd"
+                lambda name=name: cluster.changes(name)[before[name] :],
+                within=30,
+                what=f"{name} tells that it lost etcd",
             )
         port = int(etcd.endpoint.rpartition(":")[2])
         async with LocalEtcd(tmp_path / ("etcd" if with_data else "fresh"), port=port):
