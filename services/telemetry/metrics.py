@@ -30,7 +30,7 @@ WORKER_LIVE_LEGS = Gauge(
 )
 WORKER_FREE_SLOTS = Gauge(
     "kvbaton_worker_free_slots",
-    "Legs that a decode worker would take beside those it has.",
+    "Legs that a decode worker would take beside those it has and those that it has promised to frontends.",
     multiprocess_mode="livesum",
 )
 WORKER_STATE = Gauge(

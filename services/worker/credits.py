@@ -60,6 +60,9 @@ class CreditWindow:
             # To the end of the line.
             self._accounts.remove(asking)
             self._accounts.append(asking)
+        if not free and any(account.asks for account in self._accounts):
+            for account in self._accounts:
+                account.told_of_need()
         metrics.WORKER_FREE_SLOTS.set(free)
 
 
@@ -95,6 +98,11 @@ class CreditAccount:
         """One more slot is promised."""
         self.granted += 1
         self._changed()
+
+    def told_of_need(self) -> None:
+        """Somebody waits for a slot: whoever keeps a credit in hand hears that none is free, and gives it back."""
+        if self.unused and not self.asks:
+            self._changed()
 
     def spend(self) -> Entry:
         """One credit becomes a leg that is on its way in. Raises RequestError with NO_CREDIT."""

@@ -80,6 +80,22 @@ def test_messages_that_cross_do_not_ask_twice(legs: LiveLegs) -> None:
     assert account.granted == 3
 
 
+def test_who_keeps_a_credit_in_hand_hears_that_somebody_waits(legs: LiveLegs) -> None:
+    """A frontend without requests gives its spare credit back, and does so at once, not at the next heartbeat."""
+    woken: list[str] = []
+    window = window_of(legs, 2)
+    idle, busy = window.account(lambda: woken.append("idle")), window.account(lambda: woken.append("busy"))
+    idle.ask(up_to=1, returned=0)
+    busy.ask(up_to=1, returned=0)
+    assert woken == ["idle", "busy"]
+    woken.clear()
+    busy.spend()
+    busy.ask(up_to=2, returned=0)
+    assert (woken, window.free) == (["idle"], 0)
+    idle.ask(up_to=1, returned=1)
+    assert (busy.granted, window.free) == (2, 0)
+
+
 def test_the_end_of_a_session_frees_what_it_had(legs: LiveLegs) -> None:
     window = window_of(legs, 2)
     first, second = account_of(window), account_of(window)

@@ -5,40 +5,64 @@ from __future__ import annotations
 from kvbaton.v1 import session_pb2
 from services.frontend.link.protocol import Credit
 
+# A spare is kept when more than this share of the window is free, and given back when less than that one is.
+_PLENTY, _SCARCE = 1 / 2, 1 / 4
+# Of a smaller window a credit that nobody uses is too much.
+_SMALLEST_WINDOW = 4
+
 
 class SessionCredits:
     """Counts since the beginning of one session; an earlier session's credits are void.
 
     `session` numbers the sessions of a link.
+
+    While the worker has plenty of free slots, a spare credit is kept in hand: the next request goes out at once, not
+    after asking and being answered. It is given back when slots become scarce, or when somebody waits for one, which
+    the worker says by telling of no free slot.
     """
 
     def __init__(self, session: int) -> None:
         self.session = session
         self.window = 0
-        self.free_slots = 0
+        self._free = 0
+        self._wanted = 0
+        self._spare = 0
         self._up_to = 0
         self._granted = 0
         self._taken = 0
         self._returned = 0
         self._told = (0, 0)
 
+    @property
+    def free_slots(self) -> int:
+        """How many more legs the worker would take of us: nobody else gets the slot of a spare credit."""
+        return self._free + self._unused
+
     def heard(self, response: session_pb2.ConnectResponse) -> bool:
         """Takes the worker's word; True when credits have come, or the free slots are others."""
         # Fewer free slots are news too: who asked here because there were some must ask elsewhere.
-        news = response.credits_granted > self._granted or response.free_slots != self.free_slots
+        came, before = response.credits_granted > self._granted, self.free_slots
         self._granted = response.credits_granted
-        self.window, self.free_slots = response.window, response.free_slots
-        return news
+        self.window, self._free = response.window, response.free_slots
+        if self.window >= _SMALLEST_WINDOW and self._free > _PLENTY * self.window:
+            self._spare = 1
+        elif self._free < _SCARCE * self.window:
+            self._spare = 0
+        self._ask()
+        return (came and self._takeable > 0) or self.free_slots != before or self._unused > self._wanted + self._spare
 
     def ask(self, count: int) -> None:
         """See `WorkerLink`. A grant that is on its way counts against `count`: the worker adds them up as we do."""
-        self._up_to = self._granted + count
+        self._wanted = count
+        self._ask()
 
     def take(self) -> Credit | None:
-        """See `WorkerLink`."""
-        if self._taken == self._granted:
+        """See `WorkerLink`. The spare one comes only to who has asked."""
+        if not self._takeable:
             return None
         self._taken += 1
+        self._wanted = max(0, self._wanted - 1)
+        self._ask()
         return Credit(self.session)
 
     def give_back(self, credit: Credit) -> None:
@@ -57,3 +81,14 @@ class SessionCredits:
             return None
         self._told = (self._up_to, self._returned)
         return session_pb2.AskCredits(up_to=self._up_to, returned=self._returned)
+
+    @property
+    def _unused(self) -> int:
+        return self._granted - self._taken
+
+    @property
+    def _takeable(self) -> int:
+        return self._unused if self._wanted else max(0, self._unused - self._spare)
+
+    def _ask(self) -> None:
+        self._up_to = self._granted + max(0, self._wanted + self._spare - self._unused)

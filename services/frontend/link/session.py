@@ -175,6 +175,7 @@ class SessionLink:
                 if response.HasField("load"):
                     self._load.report(response.load)
                 credits_came = self._credits.heard(response)
+                self._outgoing.credits_changed()
                 self._set_healthy(True, "")
                 for update in response.updates:
                     self._take(update)
