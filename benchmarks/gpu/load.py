@@ -20,19 +20,24 @@ OBJECTIVES = (Objective("ttft", 1.0), Objective("itl_p99", 0.05))
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`requests` prompts; `concurrency` in flight, or `rate` a second as they come."""
+    """`requests` prompts; `concurrency` in flight, or `rate` a second as they come.
+
+    `pause` is in seconds, behind each answer: SGLang's overlap scheduler computes one step more behind an answer's last
+    token, and a request that comes at once waits for it.
+    """
 
     input_tokens: int
     output_tokens: int
     requests: int
     concurrency: int = 0
     rate: float = 0.0
+    pause: float = 0.0
 
     @property
     def name(self) -> str:
         """ISL/OSL and how they come."""
         how = f"{self.rate:g}/s" if self.rate else f"c={self.concurrency}"
-        return f"{self.input_tokens}/{self.output_tokens} {how}"
+        return f"{self.input_tokens}/{self.output_tokens} {how}{' idle' if self.pause else ''}"
 
     def prompt(self, seed: str, index: int, vocabulary: int) -> Prompt:
         """The same for every system and round of this seed."""
@@ -53,13 +58,14 @@ async def run(load: Load, system: System, seed: str, vocabulary: int = 150_000) 
         else:
             indices = iter(range(load.requests))
             for _ in range(load.concurrency):
-                group.create_task(_in_turn(system, indices, prompts, turn))
+                group.create_task(_in_turn(system, indices, prompts, turn, load.pause))
     return turn
 
 
-async def _in_turn(system: System, indices: Iterator[int], prompts: list[Prompt], turn: Round) -> None:
+async def _in_turn(system: System, indices: Iterator[int], prompts: list[Prompt], turn: Round, pause: float) -> None:
     for index in indices:
         await _one(system, index, prompts[index], turn, None)
+        await asyncio.sleep(pause)
 
 
 async def _one(system: System, index: int, prompt: Prompt, turn: Round, start: float | None) -> None:

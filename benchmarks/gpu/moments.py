@@ -8,6 +8,8 @@ from typing import Any
 
 # Name, the engine that tells it (client: who asked), and its name among the probe's times.
 _TOLD = (
+    ("prefill_entered", "prefill", "created"),
+    ("decode_entered", "decode", "created"),
     ("prefill_received", "prefill", "scheduler_recv"),
     ("decode_received", "decode", "scheduler_recv"),
     ("decode_bootstrapped", "decode", "bootstrap_done"),
@@ -19,14 +21,16 @@ _TOLD = (
     ("decode_started", "decode", "forward_entry"),
 )
 MOMENTS = (
-    *("dispatched", "prefill_received", "decode_received", "decode_bootstrapped", "metadata_sent"),
+    *("dispatched", "prefill_entered", "decode_entered", "prefill_received", "decode_received"),
+    *("decode_bootstrapped", "metadata_sent"),
     *("prefill_bootstrapped", "prefill_started", "transfer_started", "prefill_finished", "transfer_finished"),
     *("transfer_seen", "decode_started", "first_token"),
 )
 """In the order in which they are shown; with a chunked prompt the transfer starts before prefill has finished."""
 
 STAGES = (
-    ("to the engine", "sent", "prefill_received"),
+    ("to the engine", "sent", "prefill_entered"),
+    ("to its scheduler", "prefill_entered", "prefill_received"),
     ("bootstrap", "prefill_received", "prefill_started"),
     ("prefill", "prefill_started", "prefill_finished"),
     ("rest of the transfer", "prefill_finished", "transfer_finished"),

@@ -73,7 +73,12 @@ def bench(result: Result) -> str:
         for row in result.get("against_bare", [])
     ]
     ratios = ("Baton against bare SGLang", "variant", "TTFT p50", "requests/s", "ITL p99", "within target")
-    return _section(result, _table(head, rows), _table(ratios, against), _startups(result))
+    penalties = [
+        (row["load"], row["system"], f"{row['later_ms']:+.1f} ms", _yes(row["within"]))
+        for row in result.get("penalties", [])
+    ]
+    later = ("a pair against an aggregated worker", "of", "TTFT p50", "within target")
+    return _section(result, _table(head, rows), _table(ratios, against), _table(later, penalties), _startups(result))
 
 
 def timeline(result: Result) -> str:

@@ -11,6 +11,7 @@ from benchmarks.svg import document
 
 _COLORS = {
     "to the engine": "#a9b4c2",
+    "to its scheduler": "#6d7f91",
     "bootstrap": "#e9c46a",
     "rest of the transfer": "#e76f51",
     "decode notices": "#2a9d8f",

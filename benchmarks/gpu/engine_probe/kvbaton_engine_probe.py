@@ -66,6 +66,13 @@ def install() -> None:
         return result
 
     HookRegistry.register("sglang.srt.managers.schedule_batch.Req.log_time_stats", told, HookType.AFTER)
+    stats = "sglang.srt.observability.req_time_stats.APIServerReqTimeStats"
+    HookRegistry.register(f"{stats}.__getstate__", with_host_times, HookType.AFTER)
+
+
+def with_host_times(state: dict[str, Any], stats: Any) -> dict[str, Any]:
+    """The scheduler hears when the request came to SGLang's host process, and when that sent it on."""
+    return {**state, "created_time": stats.created_time, "api_server_dispatch_time": stats.api_server_dispatch_time}
 
 
 def dummy_weights(model: Any, *_: Any, **__: Any) -> None:

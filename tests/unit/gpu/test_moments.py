@@ -1,4 +1,7 @@
-"""A request's timeline, from lines that the probe wrote in a run of real engines on a CPU."""
+"""A request's timeline, from lines that the probe wrote in a run of real engines on a CPU.
+
+`created` and `api_server_dispatch` were put in later, as long before `scheduler_recv` as in another such run.
+"""
 
 import json
 from itertools import pairwise
@@ -23,6 +26,7 @@ def test_every_moment_is_found(lines: list[dict[str, Any]]) -> None:
     found = moments(SENT, FIRST, 0.004, lines)
     assert list(found) == list(MOMENTS)
     assert found["dispatched"] == pytest.approx(4.0, abs=0.01)
+    assert found["prefill_entered"] == pytest.approx(13.0, abs=0.1)
     assert found["prefill_received"] == pytest.approx(14.2, abs=0.1)
     assert found["first_token"] == pytest.approx(1750, abs=0.1)
     assert found["prefill_finished"] < found["transfer_finished"] < found["transfer_seen"] < found["decode_started"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.targets import against_bare
+from benchmarks.gpu.targets import against_bare, penalties
 
 
 def row(system: str, load: str, ttft: float = 30.0, rate: float = 10.0, itl: float = 8.0) -> dict[str, Any]:
@@ -12,9 +12,10 @@ def row(system: str, load: str, ttft: float = 30.0, rate: float = 10.0, itl: flo
     return {"system": system, "variant": system.partition("+")[2], "load": load, **numbers}
 
 
+@pytest.mark.parametrize("load", ["500/32 c=1", "500/32 c=1 idle"])
 @pytest.mark.parametrize(("ttft", "within"), [(33.0, True), (33.1, False), (28.0, True)])
-def test_alone_the_first_token_decides(ttft: float, within: bool) -> None:
-    (found,) = against_bare([row("baton", "500/32 c=1", ttft=ttft, itl=100.0), row("bare", "500/32 c=1")])
+def test_alone_the_first_token_decides(load: str, ttft: float, within: bool) -> None:
+    (found,) = against_bare([row("baton", load, ttft=ttft, itl=100.0), row("bare", load)])
     assert found["ttft_p50_later_ms"] == pytest.approx(ttft - 30)
     assert found["within"] is within
 
@@ -31,3 +32,11 @@ def test_only_the_same_load_and_variant_is_compared() -> None:
     rows = [row("baton", "a c=1"), row("bare", "b c=1"), row("baton+early", "b c=1"), row("http", "b c=1")]
     assert against_bare(rows) == []
     assert len(against_bare([*rows, row("bare+early", "b c=1")])) == 1
+
+
+def test_a_pair_is_compared_with_its_own_kind_of_aggregated_worker_at_rest() -> None:
+    load = "500/32 c=1 idle"
+    rows = [row("baton", load, ttft=36.0), row("baton-agg", load, ttft=30.0), row("bare", load, ttft=33.0)]
+    assert penalties(rows) == [{"system": "baton", "load": load, "later_ms": 6.0, "within": False}]
+    rows += [row("bare-agg", load, ttft=28.0), row("baton", "500/32 c=1"), row("baton-agg", "500/32 c=1")]
+    assert [(each["system"], each["within"]) for each in penalties(rows)] == [("baton", False), ("bare", True)]
