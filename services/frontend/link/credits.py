@@ -5,10 +5,12 @@ from __future__ import annotations
 from kvbaton.v1 import session_pb2
 from services.frontend.link.protocol import Credit
 
-# A spare is kept when more than this share of the window is free, and given back when less than that one is.
+# Spares are kept when more than this share of the window is free, and given back when less than that one is.
 _PLENTY, _SCARCE = 1 / 2, 1 / 4
 # Of a smaller window a credit that nobody uses is too much.
 _SMALLEST_WINDOW = 4
+# One of so many slots, and no more than that: of a burst only the first requests gain by it.
+_SPARED_SLOTS, _MOST_SPARES = 16, 8
 
 
 class SessionCredits:
@@ -16,9 +18,9 @@ class SessionCredits:
 
     `session` numbers the sessions of a link.
 
-    While the worker has plenty of free slots, a spare credit is kept in hand: the next request goes out at once, not
-    after asking and being answered. It is given back when slots become scarce, or when somebody waits for one, which
-    the worker says by telling of no free slot.
+    While the worker has plenty of free slots, spare credits are kept in hand: the next requests go out at once, not
+    after asking and being answered, and one message asks for several. They are given back when slots become scarce, or
+    when somebody waits for one, which the worker says by telling of no free slot.
     """
 
     def __init__(self, session: int) -> None:
@@ -35,7 +37,7 @@ class SessionCredits:
 
     @property
     def free_slots(self) -> int:
-        """How many more legs the worker would take of us: nobody else gets the slot of a spare credit."""
+        """How many more legs the worker would take of us: nobody else gets the slots of spare credits."""
         return self._free + self._unused
 
     def heard(self, response: session_pb2.ConnectResponse) -> bool:
@@ -45,7 +47,7 @@ class SessionCredits:
         self._granted = response.credits_granted
         self.window, self._free = response.window, response.free_slots
         if self.window >= _SMALLEST_WINDOW and self._free > _PLENTY * self.window:
-            self._spare = 1
+            self._spare = min(_MOST_SPARES, max(1, self.window // _SPARED_SLOTS))
         elif self._free < _SCARCE * self.window:
             self._spare = 0
         self._ask()
@@ -57,7 +59,7 @@ class SessionCredits:
         self._ask()
 
     def take(self) -> Credit | None:
-        """See `WorkerLink`. The spare one comes only to who has asked."""
+        """See `WorkerLink`. Spare ones come only to who has asked."""
         if not self._takeable:
             return None
         self._taken += 1
@@ -91,4 +93,7 @@ class SessionCredits:
         return self._unused if self._wanted else max(0, self._unused - self._spare)
 
     def _ask(self) -> None:
-        self._up_to = self._granted + max(0, self._wanted + self._spare - self._unused)
+        """For spares only when half of them are used."""
+        left = self._unused - self._wanted
+        most = self._granted + max(0, self._spare - left)
+        self._up_to = most if 2 * left < self._spare or self._up_to > most else max(self._up_to, self._granted)

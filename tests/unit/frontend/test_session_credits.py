@@ -85,6 +85,21 @@ def test_the_slot_of_the_spare_credit_is_free_for_us() -> None:
     assert with_spare(8).free_slots == 8
 
 
+def test_a_large_window_spares_several_and_is_asked_when_half_of_them_are_used() -> None:
+    credits = SessionCredits(1)
+    heard(credits, 0, 64, 64)
+    assert told(credits) == (4, 0)
+    heard(credits, 4, 60, 64)
+    for asked in (None, None, (7, 0)):
+        credits.ask(1)
+        assert credits.take() is not None
+        credits.ask(0)
+        assert told(credits) == asked
+    assert credits.free_slots == 61
+    credits.ask(5)
+    assert told(credits) == (12, 0), "four of those that wait, and four spare ones; the fifth has its own"
+
+
 @pytest.mark.parametrize("free", [1, 0])
 def test_the_spare_credit_goes_back_when_slots_are_scarce(free: int) -> None:
     credits = with_spare()
