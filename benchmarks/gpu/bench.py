@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openai import AsyncOpenAI
+import httpx
 
 from benchmarks.gpu.launch import Running, Setup, bare_aggregated, bare_pair, baton, with_words
 from benchmarks.gpu.load import Load
@@ -195,8 +195,8 @@ async def _ways(name: str, running: Running, plan: Plan, stack: contextlib.Async
     if name != "baton":
         return systems
     if "http" in plan.systems:
-        url = f"{running.cluster.http_url}/v1"
-        client = await stack.enter_async_context(AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=240))
+        client = httpx.AsyncClient(base_url=running.cluster.http_url, timeout=240, limits=httpx.Limits())
+        await stack.enter_async_context(client)
         systems.append(Http("http", client, (await running.client.model_info()).model.name))
     if "workers" in plan.systems:
         systems.append(await _workers(running, stack))
