@@ -29,7 +29,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> str:
     for name, color in _COLORS.items():
         parts.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{color}"/>')
         parts.append(f'<text x="{x + 17}" y="45">{escape(name)}</text>')
-        x += 40 + 8 * len(name)
+        x += 34 + round(6.6 * len(name))
     y = 66
     for row, overhead in zip(rows, overheads, strict=True):
         parts += _bar(row, overhead, scale, y)
