@@ -20,7 +20,8 @@ class SessionCredits:
 
     While the worker has plenty of free slots, spare credits are kept in hand: the next requests go out at once, not
     after asking and being answered, and one message asks for several. They are given back when slots become scarce, or
-    when somebody waits for one, which the worker says by telling of no free slot.
+    when somebody waits for one, which the worker says by telling of no free slot; then it takes another request to ask
+    for new ones. Else frontends without requests would ask and give back in step, for ever.
     """
 
     def __init__(self, session: int) -> None:
@@ -28,6 +29,8 @@ class SessionCredits:
         self.window = 0
         self._free = 0
         self._wanted = 0
+        # Whether requests have come since spares were last given back.
+        self._busy = False
         self._spare = 0
         self._up_to = 0
         self._granted = 0
@@ -46,16 +49,15 @@ class SessionCredits:
         came, before = response.credits_granted > self._granted, self.free_slots
         self._granted = response.credits_granted
         self.window, self._free = response.window, response.free_slots
-        if self.window >= _SMALLEST_WINDOW and self._free > _PLENTY * self.window:
-            self._spare = min(_MOST_SPARES, max(1, self.window // _SPARED_SLOTS))
-        elif self._free < _SCARCE * self.window:
-            self._spare = 0
+        if self._free < _SCARCE * self.window:
+            self._busy, self._spare = False, 0
         self._ask()
         return (came and self._takeable > 0) or self.free_slots != before or self._unused > self._wanted + self._spare
 
     def ask(self, count: int) -> None:
         """See `WorkerLink`. A grant that is on its way counts against `count`: the worker adds them up as we do."""
         self._wanted = count
+        self._busy |= count > 0
         self._ask()
 
     def take(self) -> Credit | None:
@@ -94,6 +96,8 @@ class SessionCredits:
 
     def _ask(self) -> None:
         """For spares only when half of them are used."""
+        if self._busy and self.window >= _SMALLEST_WINDOW and self._free > _PLENTY * self.window:
+            self._spare = min(_MOST_SPARES, max(1, self.window // _SPARED_SLOTS))
         left = self._unused - self._wanted
         most = self._granted + max(0, self._spare - left)
         self._up_to = most if 2 * left < self._spare or self._up_to > most else max(self._up_to, self._granted)
