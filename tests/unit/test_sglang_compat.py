@@ -510,6 +510,14 @@ class TestCallArguments:
         assert [arguments[f"bootstrap_{name}"] for name in ("host", "port", "room")] == ["10.0.0.1", 12345, 99]
         assert (arguments["rid"], arguments["routed_dp_rank"], arguments["stream"]) == (ENGINE_ID, 1, True)
 
+    def test_a_prefill_rank_is_told_that_the_room_is_its_own(self) -> None:
+        """Plain data parallelism: SGLang would otherwise refuse every room but those of rank 0."""
+        room = Room("10.0.0.1", 12345, 99)
+        assert call_arguments(request(room=room), seeded=False, prefill_ranks=2)["disagg_prefill_dp_rank"] == 1
+        assert call_arguments(request(room=room), seeded=False, prefill_ranks=3)["disagg_prefill_dp_rank"] == 0
+        for ranks in (0, 1):  # decode, and prefill of one rank
+            assert "disagg_prefill_dp_rank" not in call_arguments(request(room=room), seeded=False, prefill_ranks=ranks)
+
     def test_an_aggregated_request_names_none(self) -> None:
         assert not any(name.startswith("bootstrap") for name in call_arguments(request(), seeded=False))
 
@@ -770,7 +778,7 @@ class FakeSglang:
 def engine_over(fake: FakeSglang, **values: Any) -> SglangEngine:
     engine = SglangEngine(options(**values))
     engine._sglang = fake
-    engine._info = SimpleNamespace(vocab_size=100, seeded_sampling=False)  # pyright: ignore[reportAttributeAccessIssue]
+    engine._info = SimpleNamespace(vocab_size=100, seeded_sampling=False, dp_size=1)  # pyright: ignore[reportAttributeAccessIssue]
     return engine
 
 

@@ -182,7 +182,8 @@ class SglangEngine:
         except (EngineDeadError, EngineRefusedError) as error:
             live.fail(error)
         else:
-            arguments = call_arguments(request, seeded=self.info().seeded_sampling)
+            ranks = self.info().dp_size if self._options.role is Role.PREFILL else 0
+            arguments = call_arguments(request, seeded=self.info().seeded_sampling, prefill_ranks=ranks)
 
             async def open_stream() -> AsyncIterator[Chunk]:
                 if grammar is not None and self._grammars is not None:

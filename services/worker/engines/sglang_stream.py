@@ -91,8 +91,8 @@ def _min_new_tokens(sampling: Sampling) -> int:
     return 0 if sampling.ignore_eos and not sampling.stop_token_ids else sampling.min_new_tokens
 
 
-def call_arguments(request: EngineRequest, *, seeded: bool) -> dict[str, Any]:
-    """Keyword arguments of `sglang.Engine.async_generate`."""
+def call_arguments(request: EngineRequest, *, seeded: bool, prefill_ranks: int = 0) -> dict[str, Any]:
+    """Keyword arguments of `sglang.Engine.async_generate`. `prefill_ranks` is a prefill engine's dp size, else 0."""
     arguments: dict[str, Any] = {
         "input_ids": request.token_ids,
         "sampling_params": sampling_params(request.sampling, seeded=seeded),
@@ -110,6 +110,10 @@ def call_arguments(request: EngineRequest, *, seeded: bool) -> dict[str, Any]:
         arguments["bootstrap_host"] = request.room.host
         arguments["bootstrap_port"] = request.room.port
         arguments["bootstrap_room"] = request.room.room
+        if prefill_ranks > 1:
+            # What the room says anyway. Else SGLang compares the room with the rank within the attention's
+            # group, which is 0 on every rank of plain data parallelism, and refuses all rooms but rank 0's.
+            arguments["disagg_prefill_dp_rank"] = request.room.room % prefill_ranks
     return arguments
 
 
