@@ -4,6 +4,7 @@
 #
 #   benchmarks/gpu/run.sh smoke [--layers 4]    tokens of the pair equal those of one aggregated worker
 #   benchmarks/gpu/run.sh parity                the same at many lengths, at once, cached, page sizes, real text; bytes moved
+#   benchmarks/gpu/run.sh ranks                 two pairs, tp 2 and dp 2; with four GPUs each worker has its own
 #   benchmarks/gpu/run.sh faults                prefill and decode killed, prefill replaced, a storm of cancellations
 #   benchmarks/gpu/run.sh bench [--systems …]   Baton's pair beside bare SGLang's pair, and its HTTP edge, in one run
 #   benchmarks/gpu/run.sh timeline              one request at a time, taken apart: Baton and bare SGLang
@@ -17,7 +18,7 @@
 # unpacks, and a wheel may come in parts (docs/gpu.md: real text).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-stage=${1:?smoke, parity, faults, bench, timeline, report or kit}
+stage=${1:?smoke, parity, ranks, faults, bench, timeline, report or kit}
 shift
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}

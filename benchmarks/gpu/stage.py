@@ -24,7 +24,7 @@ from benchmarks.gpu.outcome import LIMIT, Outcome
 from benchmarks.gpu.transfers import gpu_names
 from services.models.smollm2 import NAME
 
-STAGES = ("smoke", "parity", "faults", "bench", "timeline")
+STAGES = ("smoke", "parity", "ranks", "faults", "bench", "timeline")
 # Of one log file in the archive, from its end.
 _LOG_BYTES = 4 << 20
 

@@ -27,7 +27,7 @@ class ProbeLines:
         self._read: dict[Path, int] = {}
 
     def new(self) -> list[dict[str, Any]]:
-        """Whole lines only: what is being written is for the next look."""
+        """Whole lines only, each with its `process`: what is being written is for the next look."""
         lines: list[dict[str, Any]] = []
         for path in sorted(self._folder.glob("*.jsonl")):
             with path.open("rb") as file:
@@ -35,7 +35,7 @@ class ProbeLines:
                 content = file.read()
             whole = content[: content.rfind(b"\n") + 1]
             self._read[path] = self._read.get(path, 0) + len(whole)
-            lines += [json.loads(line) for line in whole.splitlines()]
+            lines += [{"process": path.stem, **json.loads(line)} for line in whole.splitlines()]
         return lines
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("smoke", "parity", "faults", "bench", "timeline")
+STAGES = ("smoke", "parity", "ranks", "faults", "bench", "timeline")
 
 
 def gpus() -> int:

@@ -76,9 +76,14 @@ def with_host_times(state: dict[str, Any], stats: Any) -> dict[str, Any]:
 
 
 def dummy_weights(model: Any, *_: Any, **__: Any) -> None:
-    """Normal with deviation 0.02, norms 1; the same in every process, and others for every parameter."""
+    """Normal with deviation 0.02, norms 1; the same in every process, and others for every parameter.
+
+    A tensor-parallel rank has others too: with the same, its heads could be taken for another rank's.
+    """
     import torch
 
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
     for name, parameter in model.state_dict().items():
         if not torch.is_floating_point(parameter):
             continue
@@ -86,7 +91,7 @@ def dummy_weights(model: Any, *_: Any, **__: Any) -> None:
             parameter.fill_(1.0)
             continue
         generator = torch.Generator(device=parameter.device)
-        generator.manual_seed(zlib.crc32(name.encode()))
+        generator.manual_seed(zlib.crc32(name.encode()) + rank)
         parameter.normal_(0.0, 0.02, generator=generator)
 
 
