@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from benchmarks.gpu.launch import Running, Setup, bare_aggregated, bare_pair, baton, with_words
-from benchmarks.gpu.load import Load
+from benchmarks.gpu.load import PAUSE, Load
 from benchmarks.gpu.load import run as run_load
 from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.rows import Measured, table, write_times
@@ -31,9 +31,8 @@ from kvbaton.v1 import worker_pb2
 from services.tools.terminal import columns
 
 _LENGTHS = (500, 2000, 4000, 8000)
-_PAUSE = 0.05
 LOADS = (
-    *(Load(length, 32, requests=10, concurrency=1, pause=_PAUSE) for length in _LENGTHS),
+    *(Load(length, 32, requests=10, concurrency=1, pause=PAUSE) for length in _LENGTHS),
     *(Load(length, 32, requests=10, concurrency=1) for length in _LENGTHS),
     Load(500, 128, requests=160, concurrency=32),
     Load(2000, 128, requests=128, concurrency=32),
@@ -41,7 +40,7 @@ LOADS = (
     Load(2000, 128, requests=100, rate=8.0),
 )
 QUICK = (
-    Load(64, 8, requests=4, concurrency=1, pause=_PAUSE),
+    Load(64, 8, requests=4, concurrency=1, pause=PAUSE),
     Load(64, 8, requests=12, concurrency=4),
     Load(64, 8, requests=4, rate=2.0),
 )

@@ -17,13 +17,16 @@ from services.tools.bench.workload import poisson
 
 OBJECTIVES = (Objective("ttft", 1.0), Objective("itl_p99", 0.05))
 
+PAUSE = 0.05
+"""Seconds behind an answer until engines are at rest: SGLang's overlap scheduler computes one step more behind an
+answer's last token, and a request that comes at once waits for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """`requests` prompts; `concurrency` in flight, or `rate` a second as they come.
 
-    `pause` is in seconds, behind each answer: SGLang's overlap scheduler computes one step more behind an answer's last
-    token, and a request that comes at once waits for it.
+    `pause` is in seconds, behind each answer.
     """
 
     input_tokens: int

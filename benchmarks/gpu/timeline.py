@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from benchmarks.gpu.answers import greedy
 from benchmarks.gpu.launch import Setup, bare_pair, baton
+from benchmarks.gpu.load import PAUSE
 from benchmarks.gpu.moments import MOMENTS, STAGES, complete, middle, moments, stages
 from benchmarks.gpu.outcome import Outcome
 from benchmarks.gpu.prompts import prompt
@@ -27,8 +28,6 @@ LENGTHS = (500, 2000, 4000, 8000)
 QUICK_LENGTHS = (50, 300)
 _OUTPUT_TOKENS = 8
 _TOLD_SECONDS = 5.0
-# The engine computes one step more behind an answer's last token, and a request that comes at once waits for it.
-_PAUSE = 0.05
 
 
 @dataclass
@@ -97,7 +96,7 @@ async def _requests(
     for number in range(-2, count):
         token_ids = prompt(length, f"timeline {number}", setup.vocabulary)
         lines.new()
-        await asyncio.sleep(_PAUSE)
+        await asyncio.sleep(PAUSE)
         asked = await ask(Prompt(token_ids, _OUTPUT_TOKENS))
         told = await _told(lines)
         if number == -1 and not complete(told):
