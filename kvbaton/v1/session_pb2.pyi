@@ -13,16 +13,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("open", "submit", "abort", "credits")
+    __slots__ = ("open", "aborts", "submits", "credits")
     OPEN_FIELD_NUMBER: _ClassVar[int]
-    SUBMIT_FIELD_NUMBER: _ClassVar[int]
-    ABORT_FIELD_NUMBER: _ClassVar[int]
+    ABORTS_FIELD_NUMBER: _ClassVar[int]
+    SUBMITS_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     open: OpenSession
-    submit: SubmitLeg
-    abort: AbortLeg
+    aborts: _containers.RepeatedScalarFieldContainer[int]
+    submits: _containers.RepeatedCompositeFieldContainer[SubmitLeg]
     credits: AskCredits
-    def __init__(self, open: _Optional[_Union[OpenSession, _Mapping]] = ..., submit: _Optional[_Union[SubmitLeg, _Mapping]] = ..., abort: _Optional[_Union[AbortLeg, _Mapping]] = ..., credits: _Optional[_Union[AskCredits, _Mapping]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[OpenSession, _Mapping]] = ..., aborts: _Optional[_Iterable[int]] = ..., submits: _Optional[_Iterable[_Union[SubmitLeg, _Mapping]]] = ..., credits: _Optional[_Union[AskCredits, _Mapping]] = ...) -> None: ...
 
 class OpenSession(_message.Message):
     __slots__ = ("incarnation", "heartbeat")
@@ -50,12 +50,6 @@ class SubmitLeg(_message.Message):
     trace_headers: _containers.ScalarMap[str, str]
     cached_tokens: int
     def __init__(self, leg: _Optional[int] = ..., request: _Optional[_Union[_generate_pb2.GenerateRequest, _Mapping]] = ..., trace_headers: _Optional[_Mapping[str, str]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
-
-class AbortLeg(_message.Message):
-    __slots__ = ("leg",)
-    LEG_FIELD_NUMBER: _ClassVar[int]
-    leg: int
-    def __init__(self, leg: _Optional[int] = ...) -> None: ...
 
 class AskCredits(_message.Message):
     __slots__ = ("up_to", "returned")

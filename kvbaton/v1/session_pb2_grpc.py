@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class WorkerSessionServiceStub:
     """One stream between a frontend process and a worker process, for all legs that the one runs on the other. It carries
-    what GenerateService carries on one stream per leg, at one message per turn of the worker's event loop.
+    what GenerateService carries on one stream per leg, at one message per turn of either side's event loop.
     """
 
     def __init__(self, channel):
@@ -45,11 +45,11 @@ class WorkerSessionServiceStub:
 
 class WorkerSessionServiceServicer:
     """One stream between a frontend process and a worker process, for all legs that the one runs on the other. It carries
-    what GenerateService carries on one stream per leg, at one message per turn of the worker's event loop.
+    what GenerateService carries on one stream per leg, at one message per turn of either side's event loop.
     """
 
     def Connect(self, request_iterator, context):
-        """The first command is `open`. The worker answers at once, then at least every heartbeat. A session that ends, however
+        """The first message has `open`. The worker answers at once, then at least every heartbeat. A session that ends, however
         it ends, aborts every leg of it; there is no resume. FAILED_PRECONDITION when the worker is another incarnation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -74,7 +74,7 @@ def add_WorkerSessionServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class WorkerSessionService:
     """One stream between a frontend process and a worker process, for all legs that the one runs on the other. It carries
-    what GenerateService carries on one stream per leg, at one message per turn of the worker's event loop.
+    what GenerateService carries on one stream per leg, at one message per turn of either side's event loop.
     """
 
     @staticmethod

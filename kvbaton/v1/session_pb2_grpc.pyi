@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class WorkerSessionServiceStub:
     """One stream between a frontend process and a worker process, for all legs that the one runs on the other. It carries
-    what GenerateService carries on one stream per leg, at one message per turn of the worker's event loop.
+    what GenerateService carries on one stream per leg, at one message per turn of either side's event loop.
     """
 
     @_typing.overload
@@ -36,25 +36,25 @@ class WorkerSessionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerSessionServiceAsyncStub: ...
     Connect: _grpc.StreamStreamMultiCallable[_session_pb2.ConnectRequest, _session_pb2.ConnectResponse]
-    """The first command is `open`. The worker answers at once, then at least every heartbeat. A session that ends, however
+    """The first message has `open`. The worker answers at once, then at least every heartbeat. A session that ends, however
     it ends, aborts every leg of it; there is no resume. FAILED_PRECONDITION when the worker is another incarnation.
     """
 
 @_typing.type_check_only
 class WorkerSessionServiceAsyncStub(WorkerSessionServiceStub):
     """One stream between a frontend process and a worker process, for all legs that the one runs on the other. It carries
-    what GenerateService carries on one stream per leg, at one message per turn of the worker's event loop.
+    what GenerateService carries on one stream per leg, at one message per turn of either side's event loop.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Connect: _aio.StreamStreamMultiCallable[_session_pb2.ConnectRequest, _session_pb2.ConnectResponse]  # type: ignore[assignment]
-    """The first command is `open`. The worker answers at once, then at least every heartbeat. A session that ends, however
+    """The first message has `open`. The worker answers at once, then at least every heartbeat. A session that ends, however
     it ends, aborts every leg of it; there is no resume. FAILED_PRECONDITION when the worker is another incarnation.
     """
 
 class WorkerSessionServiceServicer(metaclass=_abc_1.ABCMeta):
     """One stream between a frontend process and a worker process, for all legs that the one runs on the other. It carries
-    what GenerateService carries on one stream per leg, at one message per turn of the worker's event loop.
+    what GenerateService carries on one stream per leg, at one message per turn of either side's event loop.
     """
 
     @_abc_1.abstractmethod
@@ -63,7 +63,7 @@ class WorkerSessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_session_pb2.ConnectRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_session_pb2.ConnectResponse], _abc.AsyncIterator[_session_pb2.ConnectResponse]]:
-        """The first command is `open`. The worker answers at once, then at least every heartbeat. A session that ends, however
+        """The first message has `open`. The worker answers at once, then at least every heartbeat. A session that ends, however
         it ends, aborts every leg of it; there is no resume. FAILED_PRECONDITION when the worker is another incarnation.
         """
 

@@ -39,6 +39,14 @@ HEARTBEAT = 0.5
 SLACK = 3.0
 
 
+def leg_request(leg: int, prompt: list[int], count: int) -> generate_pb2.GenerateRequest:
+    return generate_pb2.GenerateRequest(
+        request_id=f"leg-{leg}",
+        token_ids=generate_pb2.TokenIds(ids=prompt),
+        sampling=generate_pb2.SamplingParams(max_new_tokens=count, temperature=0),
+    )
+
+
 class RawSession:
     """A session without a frontend."""
 
@@ -60,15 +68,11 @@ class RawSession:
             pass
 
     async def submit(self, leg: int, prompt: list[int], count: int) -> None:
-        request = generate_pb2.GenerateRequest(
-            request_id=f"leg-{leg}",
-            token_ids=generate_pb2.TokenIds(ids=prompt),
-            sampling=generate_pb2.SamplingParams(max_new_tokens=count, temperature=0),
-        )
-        await self.call.write(session_pb2.ConnectRequest(submit=session_pb2.SubmitLeg(leg=leg, request=request)))
+        submit = session_pb2.SubmitLeg(leg=leg, request=leg_request(leg, prompt, count))
+        await self.call.write(session_pb2.ConnectRequest(submits=[submit]))
 
     async def abort(self, leg: int) -> None:
-        await self.call.write(session_pb2.ConnectRequest(abort=session_pb2.AbortLeg(leg=leg)))
+        await self.call.write(session_pb2.ConnectRequest(aborts=[leg]))
 
     async def read(self) -> session_pb2.ConnectResponse:
         response = await self.call.read()
@@ -99,10 +103,45 @@ async def raw(worker: HostedWorker) -> AsyncIterator[RawSession]:
         yield RawSession(channel)
 
 
-async def test_the_first_command_must_open(raw: RawSession) -> None:
+async def test_the_first_message_must_open(raw: RawSession) -> None:
     await raw.submit(1, [5], 1)
     error = await raw.refused()
     assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "open")
+
+
+async def test_the_first_message_only_opens(raw: RawSession, worker: HostedWorker) -> None:
+    opening = session_pb2.OpenSession(incarnation=worker.host.incarnation)
+    await raw.call.write(session_pb2.ConnectRequest(open=opening, aborts=[1]))
+    assert (await raw.refused()).field == "open"
+
+
+async def test_a_session_is_opened_once(raw: RawSession, worker: HostedWorker) -> None:
+    await raw.open(worker)
+    await raw.open(worker)
+    assert (await raw.refused()).field == "open"
+
+
+async def test_a_message_that_says_nothing_is_refused(raw: RawSession, worker: HostedWorker) -> None:
+    """As one from a frontend would be whose commands this worker doesn't know."""
+    await raw.open(worker)
+    await raw.call.write(session_pb2.ConnectRequest())
+    error = await raw.refused()
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "submits")
+
+
+async def test_one_message_ends_legs_and_brings_others(raw: RawSession, worker: HostedWorker) -> None:
+    worker.engine.behaviour.token_seconds = 0.05
+    await raw.open(worker)
+    await raw.have(3)
+    await raw.submit(1, [5], 1000)
+    submits = [session_pb2.SubmitLeg(leg=leg, request=leg_request(leg, [5], 2)) for leg in (2, 3)]
+    await raw.call.write(session_pb2.ConnectRequest(aborts=[1], submits=submits))
+    ended: dict[int, bool] = {}
+    while len(ended) < 3:
+        for update in (await raw.read()).updates:
+            if update.error or update.HasField("finished"):
+                ended[update.leg] = update.HasField("finished")
+    assert ended == {1: False, 2: True, 3: True}
 
 
 async def test_a_session_with_another_incarnation_is_refused(raw: RawSession) -> None:
@@ -320,13 +359,13 @@ async def test_nothing_is_kept_of_a_leg_whose_engine_lets_go_late(worker: Hosted
             yield generate_pb2.GenerateResponse(token_ids=[1], finished=generate_pb2.Finished())
             await asyncio.sleep(0.1)
 
-    async def commands() -> AsyncIterator[session_pb2.ConnectRequest]:
+    async def messages() -> AsyncIterator[session_pb2.ConnectRequest]:
         yield session_pb2.ConnectRequest(credits=session_pb2.AskCredits(up_to=1))
-        yield session_pb2.ConnectRequest(submit=session_pb2.SubmitLeg(leg=1))
+        yield session_pb2.ConnectRequest(submits=[session_pb2.SubmitLeg(leg=1)])
         await asyncio.sleep(0.3)
 
     session = Session(worker.host._core, cast("LegRunner", LateRunner()), heartbeat=0.05)
-    reading = asyncio.create_task(session.read(commands()))
+    reading = asyncio.create_task(session.read(messages()))
     updates = [update async for response in session.responses(reading) for update in response.updates]
     assert [update.HasField("finished") for update in updates] == [True]
     assert not session._sent_tokens

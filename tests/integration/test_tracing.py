@@ -164,7 +164,7 @@ async def test_a_leg_with_other_headers_is_refused_alone(cluster: FakeCluster) -
         await call.write(_opening(worker))
         for leg, name in ((1, "authorization"), (2, "traceparent")):
             submit = session_pb2.SubmitLeg(leg=leg, request=generate_pb2.GenerateRequest(), trace_headers={name: "x"})
-            await call.write(session_pb2.ConnectRequest(submit=submit))
+            await call.write(session_pb2.ConnectRequest(submits=[submit]))
         async with asyncio.timeout(10):
             while len(errors) < 2:
                 response = await call.read()

@@ -156,8 +156,8 @@ def test_a_header_that_is_too_long_is_dropped() -> None:
 @pytest.mark.parametrize(("name", "value"), [("authorization", "x"), ("traceparent", "0" * 513)])
 def test_a_message_with_other_or_longer_headers_is_refused_by_name(name: str, value: str) -> None:
     with pytest.raises(RequestError, match=name) as caught:
-        tracing.check_headers({name: value}, "submit.trace_headers")
-    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, "submit.trace_headers")
+        tracing.check_headers({name: value}, "submits.trace_headers")
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, "submits.trace_headers")
 
 
 # Variables

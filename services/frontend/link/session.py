@@ -168,7 +168,7 @@ class SessionLink:
         self._load.reset()
         self._credits = SessionCredits(self._credits.session + 1)
         self._outgoing = Outgoing(self._opening, self._credits)
-        call = self._sessions.Connect(self._outgoing.commands())
+        call = self._sessions.Connect(self._outgoing.messages())
         try:
             async for response in call:
                 self._heard_at = time.monotonic()

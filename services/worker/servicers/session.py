@@ -43,7 +43,7 @@ class SessionServicer(session_pb2_grpc.WorkerSessionServiceServicer):
         """Serves one frontend until either side ends the stream."""
         first = await anext(aiter(request_iterator), session_pb2.ConnectRequest())
         session = Session(self._core, self._runner, self._opened(first))
-        reading = asyncio.create_task(session.read(request_iterator), name="session commands")
+        reading = asyncio.create_task(session.read(request_iterator), name="session messages")
         asking = asyncio.create_task(session.ask_engine(), name="session load")
         try:
             async for response in session.responses(reading):
@@ -54,10 +54,10 @@ class SessionServicer(session_pb2_grpc.WorkerSessionServiceServicer):
             await session.close()
 
     def _opened(self, first: session_pb2.ConnectRequest) -> float:
-        """Checks the first command; returns the heartbeat in seconds."""
+        """Checks the first message; returns the heartbeat in seconds."""
         core = self._core
-        if first.WhichOneof("command") != "open":
-            raise invalid("open", "the first command opens the session")
+        if not first.HasField("open") or _says_something(first):
+            raise invalid("open", "the first message opens the session, and says nothing else")
         if first.open.incarnation != core.incarnation:
             raise RequestError(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -94,18 +94,19 @@ class Session:
         # Of the load that the frontend was told last.
         self._load_version = -1
 
-    async def read(self, commands: AsyncIterator[session_pb2.ConnectRequest]) -> None:
-        """Takes commands, each without waiting, until the frontend has no more."""
-        async for command in commands:
-            match command.WhichOneof("command"):
-                case "submit":
-                    self._submit(command.submit)
-                case "abort":
-                    await self._abort(command.abort.leg)
-                case "credits":
-                    self._ask(command.credits)
-                case _:
-                    raise invalid("command", "a session is opened once, then takes submit, abort and credits")
+    async def read(self, messages: AsyncIterator[session_pb2.ConnectRequest]) -> None:
+        """Takes what the frontend says, without waiting for any of it, until it has no more to say."""
+        async for message in messages:
+            if message.HasField("open"):
+                raise invalid("open", "a session is opened once")
+            if not _says_something(message):
+                raise invalid("submits", "missing: one of aborts, submits or credits")
+            for leg in message.aborts:
+                await self._abort(leg)
+            for submit in message.submits:
+                self._submit(submit)
+            if message.HasField("credits"):
+                self._ask(message.credits)
 
     async def ask_engine(self) -> None:
         """Keeps what the engine says of its load as fresh as a heartbeat, for ever."""
@@ -146,7 +147,7 @@ class Session:
 
     def _submit(self, submit: session_pb2.SubmitLeg) -> None:
         if submit.leg in self._legs or submit.leg in self._sent_tokens:
-            raise invalid("submit.leg", f"{submit.leg} was used before in this session")
+            raise invalid("submits.leg", f"{submit.leg} was used before in this session")
         self._request_ids[submit.leg] = submit.request.request_id
         self._sent_tokens[submit.leg] = 0
         self._last_submitted = submit.leg
@@ -181,7 +182,7 @@ class Session:
                 entry.done()
 
         try:
-            trace_headers = check_headers(submit.trace_headers, "submit.trace_headers")
+            trace_headers = check_headers(submit.trace_headers, "submits.trace_headers")
             run = self._runner.run(submit.request, trace_headers, accepted, load)
             async with contextlib.aclosing(run) as responses:  # type: ignore[type-var]
                 async for response in responses:
@@ -242,3 +243,8 @@ class Session:
             response.load.through_leg = self._last_submitted
             response.load.ranks.extend(self._core.load.ranks())
         return response
+
+
+def _says_something(message: session_pb2.ConnectRequest) -> bool:
+    """Beyond opening the session."""
+    return bool(message.aborts or message.submits) or message.HasField("credits")
