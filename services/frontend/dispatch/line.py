@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from kvbaton.errors import RequestError
 from services.frontend.link.load import LegShare
@@ -171,14 +171,26 @@ class Line:
 
     A ticket with a prompt stands either with the one worker that is asked for its credit, because it was chosen and
     has a free slot, or in the open, where the first worker that has a credit for it gets it.
+
+    It remembers what was found out of workers, so that not all of them are looked at for every request.
     """
 
     def __init__(self) -> None:
         self.open = Seats()
+        self.room: dict[Worker, int] = {}
+        """How many more tickets may stand with each worker; without those that have room for none."""
+        self.changed: dict[Worker, None] = {}
+        """Those to look at again, in the order in which they changed: their credits, slots, pairs or seats are others."""
+        self.stale = True
+        """All of them are to be looked at again."""
         self._chosen: dict[Worker, Seats] = {}
         self._tickets: dict[Ticket, None] = {}
         # Those that some target can't serve.
         self._picky: set[Ticket] = set()
+        # The widest window that any worker had: nobody is asked for more than that.
+        self._widest = 0
+        # What was asked of every worker last for those in the open; None: it was not the same for all.
+        self._asked_of_all: int | None = None
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -203,13 +215,20 @@ class Line:
         """It doesn't wait any more; called once for each. Its share of a load is the caller's."""
         del self._tickets[ticket]
         self._picky.discard(ticket)
+        if ticket.rank is not None:
+            self.changed[ticket.rank.worker] = None
         if ticket.seat is not None:
             ticket.seat.lose(ticket)
 
     def choose(self, ticket: Ticket, rank: WorkerRank, share: LegShare) -> None:
-        """It is that rank's worker that is asked."""
-        self._chosen.setdefault(rank.worker, Seats()).take(ticket)
+        """It is that rank's worker that is asked; it has room."""
+        worker = rank.worker
+        self._chosen.setdefault(worker, Seats()).take(ticket)
         ticket.rank, ticket.share = rank, share
+        self.changed[worker] = None
+        self.room[worker] -= 1
+        if not self.room[worker]:
+            del self.room[worker]
 
     def reopen(self, ticket: Ticket) -> None:
         """Whoever can may serve it."""
@@ -217,6 +236,38 @@ class Line:
             ticket.share.end()
         ticket.rank = ticket.share = None
         self.open.take(ticket)
+
+    def forget(self) -> None:
+        """Workers or pairs are others: nothing that was found out counts any more, and all go back into the open."""
+        self.reopen_all()
+        self.stale = True
+        self.room.clear()
+        self.changed.clear()
+
+    def look_again(self, workers: Iterable[Worker]) -> None:
+        """They are all that there are."""
+        self.stale = False
+        self.changed = dict.fromkeys(workers)
+        self._asked_of_all = None
+
+    def found(self, worker: Worker, room: int) -> None:
+        """So many tickets may stand with the worker; those beyond them go back into the open, the least urgent first."""
+        self.reopen_all(worker, keep=room)
+        if (left := room - self.chosen(worker)) > 0:
+            self.room[worker] = left
+        else:
+            self.room.pop(worker, None)
+
+    def open_has_changed(self) -> bool:
+        """Whether every worker is to be asked anew: others stand in the open than when this was called last."""
+        before = self._asked_of_all
+        self._asked_of_all = None if self._picky else min(len(self.open), self._widest)
+        return self._asked_of_all is None or self._asked_of_all != before
+
+    def asked(self, window: int) -> None:
+        """A worker with this window was asked for those in the open."""
+        if window > self._widest:
+            self._widest, self._asked_of_all = window, None
 
     def chosen(self, worker: Worker) -> int:
         """How many stand with it."""

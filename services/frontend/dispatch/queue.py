@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 import grpc
 
@@ -145,10 +145,13 @@ class DispatchQueue:
         self._serve_all()
 
     def credits_came(self, worker: Worker) -> None:
-        """The worker has granted credits, or its free slots have changed."""
-        line = self._lines.get(worker.record.model.name)
-        if line and worker in self._targets.usable(worker.record.model.name):
-            self._serve(worker.record.model.name, line)
+        """The worker has granted credits, or its window or its free slots have changed."""
+        model = worker.record.model.name
+        line = self._lines.get(model)
+        if line is not None:
+            line.changed[worker] = None
+        if line and worker in self._targets.usable(model):
+            self._serve(model, line)
         else:
             worker.want_no_credits()
 
@@ -156,7 +159,8 @@ class DispatchQueue:
         line = self._lines.setdefault(ticket.model, Line())
         line.add(ticket)
         self._count(ticket, +1)
-        self._serve(ticket.model, line)
+        if ticket.prompt is not None:
+            self._serve(ticket.model, line)
         return ticket
 
     def _check(self, model: str, hints: Hints) -> None:
@@ -164,10 +168,11 @@ class DispatchQueue:
         targets = self._targets.possible(model)
         if not targets:
             raise self._router.no_worker(model)
-        fitting = [target for target in targets if target.possible(frozenset(), hints)]
-        if not fitting:
-            raise self._router.unmet(model, hints)
-        self._chooser.require_hints(hints, fitting)
+        if hints:
+            targets = [target for target in targets if target.possible(frozenset(), hints)]
+            if not targets:
+                raise self._router.unmet(model, hints)
+        self._chooser.require_hints(hints, targets)
 
     def _described(self, ticket: Ticket) -> None:
         if ticket.held:
@@ -230,10 +235,11 @@ class DispatchQueue:
 
     def _serve_all(self) -> None:
         self._targets.changed()
+        for line in self._lines.values():
+            line.forget()
         for model in self._patient.models():
             self._enter_served(model, self._targets.possible(model))
         for model, line in self._lines.items():
-            line.reopen_all()
             if line:
                 self._end_hopeless(model, line.picky)
                 self._serve(model, line)
@@ -253,7 +259,10 @@ class DispatchQueue:
         ticket.settle(self._router.no_worker(ticket.model))
 
     def _serve(self, model: str, line: Line) -> None:
-        """Hands out what has come, then asks for what is still needed; a stream's credits come at once."""
+        """Hands out what has come, then asks for what is still needed.
+
+        Of workers only those that have changed are looked at; there may be hundreds.
+        """
         if not self._targets.possible(model):
             if line and model not in self._giving_up:
                 loop = asyncio.get_running_loop()
@@ -261,11 +270,13 @@ class DispatchQueue:
             return
         if (timer := self._giving_up.pop(model, None)) is not None:
             timer.cancel()
-        self._hand_out(model, line)
+        if line.stale:
+            line.look_again(self._targets.usable(model))
+        self._hand_out(model, line, list(line.changed))
         while True:
             self._plan(model, line)
-            self._ask(model, line)
-            if not self._hand_out(model, line):
+            # A stream's credits come at once, and so do a session's spare ones.
+            if not self._hand_out(model, line, self._ask(model, line)):
                 return
 
     def _give_up(self, model: str) -> None:
@@ -274,13 +285,13 @@ class DispatchQueue:
         for ticket in list(self._lines[model]):
             self._settle(ticket, error)
 
-    def _hand_out(self, model: str, line: Line) -> bool:
-        """Gives every credit that has come to the most urgent request that it is for; True when there were any."""
+    def _hand_out(self, model: str, line: Line, workers: Iterable[Worker]) -> bool:
+        """Gives every credit of theirs to the most urgent request that it is for; True when there were any."""
         came = False
-        for decode in list(self._targets.usable(model)):
-            while (credit := decode.link.take()) is not None:
+        for decode in workers:
+            while (usable := self._targets.usable(model).get(decode)) and (credit := decode.link.take()) is not None:
                 came = True
-                if not self._use(line, self._targets.usable(model)[decode].target, credit):
+                if not self._use(line, usable.target, credit):
                     decode.link.give_back(credit)
         return came
 
@@ -296,35 +307,43 @@ class DispatchQueue:
             # The request stays in the line: it gets the next credit, of this pair or of another.
             self._pairs.begin(placement)
             self._targets.changed()
+            line.changed[target.decode] = None
             line.reopen_all(target.decode)
         return True
 
     def _plan(self, model: str, line: Line) -> None:
         """Lets the policy choose for every request that some worker has a free slot for, most urgent first."""
-        spare: dict[Worker, int] = {}
         targets = self._targets.usable(model)
-        for worker, usable in targets.items():
-            room = usable.within(worker.link.free_slots)
-            line.reopen_all(worker, keep=room)
-            if (left := room - line.chosen(worker)) > 0:
-                spare[worker] = left
+        for worker in list(line.changed):
+            usable = targets.get(worker)
+            line.found(worker, 0 if usable is None else usable.within(worker.link.free_slots))
+
+        def free_for(ticket: Ticket) -> Iterator[Worker]:
+            if not ticket.picky:
+                return iter(line.room)
+            return (worker for worker in line.room if ticket.fits(targets[worker].target))
 
         def fits(ticket: Ticket) -> bool:
-            return any(ticket.fits(targets[worker].target) for worker in spare)
+            return any(True for _ in free_for(ticket))
 
-        while spare and (ticket := line.open.first(fits)) is not None:
+        while line.room and (ticket := line.open.first(fits)) is not None:
             assert ticket.prompt is not None
             began = time.monotonic()
-            free = [worker for worker in spare if ticket.fits(targets[worker].target)]
-            rank, share = self._chooser.streaming(ticket.prompt, free)
+            rank, share = self._chooser.streaming(ticket.prompt, free_for(ticket))
             line.choose(ticket, rank, share)
             ticket.routing += time.monotonic() - began
-            spare[rank.worker] -= 1
-            if not spare[rank.worker]:
-                del spare[rank.worker]
 
-    def _ask(self, model: str, line: Line) -> None:
-        """Each worker for those that stand with it, and for those that anybody may serve."""
-        for worker, usable in self._targets.usable(model).items():
-            count = line.chosen(worker) + line.open_for(usable.target)
-            worker.link.ask(min(usable.within(count), worker.link.window))
+    def _ask(self, model: str, line: Line) -> list[Worker]:
+        """Each worker for those that stand with it, and for those that anybody may serve; returns whom for any."""
+        usable = self._targets.usable(model)
+        workers = usable if line.open_has_changed() else [worker for worker in line.changed if worker in usable]
+        line.changed.clear()
+        asked: list[Worker] = []
+        for worker in workers:
+            count = line.chosen(worker) + line.open_for(usable[worker].target)
+            window = worker.link.window
+            worker.link.ask(wanted := min(usable[worker].within(count), window))
+            line.asked(window)
+            if wanted:
+                asked.append(worker)
+        return asked

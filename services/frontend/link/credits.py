@@ -44,15 +44,16 @@ class SessionCredits:
         return self._free + self._unused
 
     def heard(self, response: session_pb2.ConnectResponse) -> bool:
-        """Takes the worker's word; True when credits have come, or the free slots are others."""
+        """Takes the worker's word; True when credits have come, or the window or the free slots are others."""
         # Fewer free slots are news too: who asked here because there were some must ask elsewhere.
-        came, before = response.credits_granted > self._granted, self.free_slots
+        came, before = response.credits_granted > self._granted, (self.window, self.free_slots)
         self._granted = response.credits_granted
         self.window, self._free = response.window, response.free_slots
         if self._free < _SCARCE * self.window:
             self._busy, self._spare = False, 0
         self._ask()
-        return (came and self._takeable > 0) or self.free_slots != before or self._unused > self._wanted + self._spare
+        changed = (self.window, self.free_slots) != before
+        return changed or (came and self._takeable > 0) or self._unused > self._wanted + self._spare
 
     def ask(self, count: int) -> None:
         """See `WorkerLink`. A grant that is on its way counts against `count`: the worker adds them up as we do."""

@@ -20,7 +20,7 @@ def resolve_name(name: str, workers: WorkerSet, *wanted: str) -> str:
     worker takes such an RPC. Raises RequestError: NOT_FOUND, FAILED_PRECONDITION for a model that takes other requests,
     INVALID_ARGUMENT when the name is needed.
     """
-    rpcs = _rpcs_by_name((worker.record.model.name, worker.role) for worker in workers.all())
+    rpcs = _rpcs_by_name(workers.kinds())
     names = sorted(known for known, taken in rpcs.items() if taken.intersection(wanted))
     left = _rpcs_by_name(workers.left_lately())
     names_left = sorted(known for known, taken in left.items() if taken.intersection(wanted))

@@ -41,6 +41,7 @@ class WorkerSet:
         self._workers: dict[WorkerKey, Worker] = {}
         # By key; sorted when a worker comes or goes, not for every request.
         self._in_order: list[Worker] = []
+        self._kinds: frozenset[tuple[str, Role]] = frozenset()
         # Withdrawn or replaced, with requests that still run.
         self._retiring: set[asyncio.Task[None]] = set()
         self._expiries: dict[WorkerKey, asyncio.TimerHandle] = {}
@@ -78,6 +79,10 @@ class WorkerSet:
             for worker in self._in_order
             if worker.role is role and worker.routable and (model is None or worker.record.model.name == model)
         ]
+
+    def kinds(self) -> frozenset[tuple[str, Role]]:
+        """Model and role of every known worker: few, however many workers there are."""
+        return self._kinds
 
     def left_lately(self) -> list[tuple[str, Role]]:
         """Model and role of workers that were withdrawn in the last ten minutes, or did not come back."""
@@ -131,6 +136,7 @@ class WorkerSet:
 
     def _sort(self) -> None:
         self._in_order = [self._workers[key] for key in sorted(self._workers, key=str)]
+        self._kinds = frozenset((worker.record.model.name, worker.role) for worker in self._in_order)
 
     def _unregister(self, key: WorkerKey) -> None:
         worker = self._workers.get(key)

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import weakref
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -52,6 +53,14 @@ class FakeLink:
 
     def give_back(self, credit: Credit) -> None:
         self.given_back += 1
+
+
+class EagerLink(FakeLink):
+    """A worker whose credits are there as soon as they are asked for, as those of streams and spare ones are."""
+
+    def take(self) -> Credit | None:
+        self.granted, self.asked = (1, self.asked - 1) if self.asked else (0, 0)
+        return super().take()
 
 
 class FakeWorker:
@@ -856,6 +865,83 @@ class Slots:
                 self.house.grant(worker, granted)
                 self.taken[worker] -= worker.link.given_back
                 worker.link.given_back = 0
+
+
+def up_to_date(house: House) -> None:
+    """Nothing is left to plan or to ask for, also at workers that weren't looked at this time."""
+    line = house.queue._lines[MODEL]
+    for worker, usable in house.queue._targets.usable(MODEL).items():
+        room = usable.within(worker.link.free_slots) - line.chosen(worker)
+        fitting = [ticket for ticket in line.open.all() if ticket.fits(usable.target)]
+        assert room >= 0
+        assert not (room and fitting)
+        wanted = usable.within(line.chosen(worker) + len(fitting))
+        assert cast("Any", worker.link).asked == min(wanted, worker.link.window)
+
+
+def test_whatever_happens_every_worker_is_asked_for_what_could_go_there() -> None:
+    rng = random.Random(11)
+    for _ in range(40):
+        windows = {f"d{n}": rng.choice((1, 2, 2, 5, 20)) for n in range(5)}
+        decodes = [decode(name, free=rng.randrange(window + 1), window=window) for name, window in windows.items()]
+        for worker in decodes:
+            if rng.random() < 0.3:
+                worker.link = EagerLink(worker.link.free_slots, worker.link.window)
+        house = House(*decodes, prefills=2, limit=1000)
+        for prefill in house.prefills:
+            for worker in decodes:
+                state = rng.choice((PairState.PROVEN, PairState.PROVEN, PairState.UNKNOWN, PairState.FAILED))
+                house.pairs.set(prefill.instance_id, worker.instance_id, state)
+        waiting: list[Ticket] = []
+        for _ in range(80):
+            worker, prefill = rng.choice(decodes), rng.choice(house.prefills)
+            match rng.choice(("enter", "enter", "enter", "named", "again", "leave", "slots", "granted", "pair")):
+                case "enter":
+                    waiting.append(house.enter(priority=rng.randrange(2)))
+                case "named":
+                    hints = Hints(rng.choice(("", prefill.instance_id)), worker.instance_id)
+                    waiting.append(house.enter(hints=hints))
+                case "again" if waiting:
+                    gone = frozenset({f"{Role.DECODE}/{worker.instance_id}"})
+                    old = waiting.pop()
+                    if (again := house.queue.enter_again(old, gone)) is not None:
+                        waiting.append(again)
+                    old.leave()
+                case "leave" if waiting:
+                    waiting.pop(rng.randrange(len(waiting))).leave()
+                case "slots":
+                    worker.link.free_slots = rng.randrange(worker.link.window + 1)
+                    house.grant(worker, 0)
+                case "granted":
+                    granted = rng.randrange(worker.link.asked + 2)
+                    worker.link.asked = max(0, worker.link.asked - granted)
+                    house.grant(worker, granted)
+                case "pair":
+                    state = rng.choice((PairState.PROVEN, PairState.UNKNOWN, PairState.FAILED))
+                    house.pairs.set(prefill.instance_id, worker.instance_id, state)
+                    house.pairs.changed()
+                case _:
+                    pass
+            waiting = [ticket for ticket in waiting if ticket.waiting]
+            assert len(house.queue) == len(waiting)
+            if waiting:
+                up_to_date(house)
+        for ticket in waiting:
+            ticket.leave()
+        assert (len(house.queue), sum(house.asked())) == (0, 0)
+
+
+def test_workers_that_have_not_changed_are_not_looked_at() -> None:
+    """There may be hundreds, and many requests a second."""
+    house = House(*(decode(f"d{n}", free=8, window=8) for n in range(50)))
+    house.enter().leave()
+    asked: list[FakeLink] = []
+    for worker in house.decodes:
+        worker.link.ask = partial(lambda link, count: asked.append(link), worker.link)  # type: ignore[method-assign]
+    ticket = house.enter()
+    assert len(asked) == 1
+    ticket.leave()
+    assert asked == [asked[0]] * 2
 
 
 def test_no_slot_idles_while_a_request_waits_whatever_happens() -> None:
