@@ -180,7 +180,7 @@ class Line:
         self.room: dict[Worker, int] = {}
         """How many more tickets may stand with each worker; without those that have room for none."""
         self.changed: dict[Worker, None] = {}
-        """Those to look at again, in the order in which they changed: their credits, slots, pairs or seats are others."""
+        """Those to look at again, in the order in which their credits, slots, pairs or seats have changed."""
         self.stale = True
         """All of them are to be looked at again."""
         self._chosen: dict[Worker, Seats] = {}
@@ -251,7 +251,7 @@ class Line:
         self._asked_of_all = None
 
     def found(self, worker: Worker, room: int) -> None:
-        """So many tickets may stand with the worker; those beyond them go back into the open, the least urgent first."""
+        """So many tickets may stand with the worker; those beyond them, the least urgent, go back into the open."""
         self.reopen_all(worker, keep=room)
         if (left := room - self.chosen(worker)) > 0:
             self.room[worker] = left

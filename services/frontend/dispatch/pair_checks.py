@@ -58,11 +58,11 @@ class PairChecks:
         self._enabled = enabled
         # By incarnation, prefill's and decode's.
         self._pairs: dict[tuple[str, str], _Pair] = {}
-        self._changed: Callable[[], None] = lambda: None
+        self._changed: Callable[[Worker], None] = lambda decode: None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def on_change(self, listener: Callable[[], None]) -> None:
-        """Called when a pair's state has changed."""
+    def on_change(self, listener: Callable[[Worker], None]) -> None:
+        """Called with the decode worker of a pair whose state has changed by a proof, or by time."""
         self._changed = listener
 
     def state(self, prefill: Worker, decode: Worker) -> PairState:
@@ -109,13 +109,13 @@ class PairChecks:
             async with asyncio.timeout(CHECK_TIMEOUT):
                 await self._ask_decode(placement)
                 await page.handed_over()
-            self._set(pair, PairState.PROVEN)
+            self._set(pair, decode, PairState.PROVEN)
             log.info("pair proven", prefill=prefill.instance_id, decode=decode.instance_id)
         except (RequestError, TimeoutError) as error:
             why = str(error) or f"nothing came within {CHECK_TIMEOUT:g} s"
             log.warning("pair failed", prefill=prefill.instance_id, decode=decode.instance_id, why=why)
             refused = isinstance(error, RequestError) and error.reason is Reason.PEER_INCOMPATIBLE
-            self._failed(pair, refused=refused)
+            self._failed(pair, decode, refused=refused)
         finally:
             await page.close()
 
@@ -128,16 +128,16 @@ class PairChecks:
             if error.reason is not Reason.REGISTRY_UNAVAILABLE:
                 raise
 
-    def _failed(self, pair: _Pair, *, refused: bool) -> None:
+    def _failed(self, pair: _Pair, decode: Worker, *, refused: bool) -> None:
         pair.failures += 1
-        self._set(pair, PairState.REFUSED if refused else PairState.FAILED)
+        self._set(pair, decode, PairState.REFUSED if refused else PairState.FAILED)
         if not refused:
             pause = min(_FIRST_PAUSE * 2 ** (pair.failures - 1), _LONGEST_PAUSE)
-            pair.again = asyncio.get_running_loop().call_later(pause, self._set, pair, PairState.UNKNOWN)
+            pair.again = asyncio.get_running_loop().call_later(pause, self._set, pair, decode, PairState.UNKNOWN)
 
-    def _set(self, pair: _Pair, state: PairState) -> None:
+    def _set(self, pair: _Pair, decode: Worker, state: PairState) -> None:
         pair.state = state
-        self._changed()
+        self._changed(decode)
 
 
 class _Page:

@@ -54,7 +54,7 @@ class DispatchQueue:
         self._numbers = itertools.count()
         # By model: those that wait or are held, by priority.
         self._priorities: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        pairs.on_change(self._serve_all)
+        pairs.on_change(self._pairs_changed)
 
     def __len__(self) -> int:
         return sum(priorities.total() for priorities in self._priorities.values())
@@ -233,6 +233,15 @@ class DispatchQueue:
         for ticket in outranked[-lacking:]:
             self._settle(ticket, error)
 
+    def _pairs_changed(self, decode: Worker) -> None:
+        """Pairs of one decode worker have been proven, or have failed."""
+        if self._targets.pairs_changed(decode):
+            self._serve_all()
+        elif (line := self._lines.get(decode.record.model.name)) is not None:
+            line.changed[decode] = None
+            if line:
+                self._serve(decode.record.model.name, line)
+
     def _serve_all(self) -> None:
         self._targets.changed()
         for line in self._lines.values():
@@ -306,7 +315,7 @@ class DispatchQueue:
         else:
             # The request stays in the line: it gets the next credit, of this pair or of another.
             self._pairs.begin(placement)
-            self._targets.changed()
+            self._targets.pairs_changed(target.decode)
             line.changed[target.decode] = None
             line.reopen_all(target.decode)
         return True

@@ -8,6 +8,8 @@ from services.frontend.dispatch.pair_checks import PairChecks, PairState
 from services.frontend.router.placement import Router, Target
 from services.frontend.router.worker import Worker
 
+_LASTING = frozenset(PairState) - {PairState.REFUSED}
+
 
 @dataclass(frozen=True, slots=True)
 class Usable:
@@ -23,7 +25,7 @@ class Usable:
 
 
 class Targets:
-    """Belongs to the event loop. Computed when workers or pairs have changed, not for every request."""
+    """Belongs to the event loop. Computed when workers have changed, for one of them when its pairs have."""
 
     def __init__(self, router: Router, pairs: PairChecks) -> None:
         self._router = router
@@ -32,16 +34,31 @@ class Targets:
         self._possible: dict[str, list[Target]] = {}
 
     def changed(self) -> None:
-        """Workers, or pairs."""
+        """Workers, or any pairs."""
         self._usable.clear()
         self._possible.clear()
+
+    def pairs_changed(self, decode: Worker) -> bool:
+        """Pairs of this decode worker alone; True when it is by them that it can serve more or fewer for good."""
+        model = decode.record.model.name
+        target = next((each for each in self._router.targets(model) if each.decode is decode), None)
+        if target is None:
+            return False
+        if decode in self._usable.get(model, ()):
+            self._usable[model][decode] = self._use_of(target)
+        if model not in self._possible:
+            return False
+        before = next((each for each in self._possible[model] if each.decode is decode), None)
+        if before == self._possible_of(target):
+            return False
+        del self._possible[model]
+        return True
 
     def possible(self, model: str) -> list[Target]:
         """Without pairs that decode has refused for good; one that failed may recover."""
         if model not in self._possible:
-            lasting = frozenset(PairState) - {PairState.REFUSED}
-            kept = [self._with_pairs(target, lasting) for target in self._router.targets(model)]
-            self._possible[model] = [target for target in kept if target.aggregated or target.prefills]
+            possible = map(self._possible_of, self._router.targets(model))
+            self._possible[model] = [target for target in possible if target is not None]
         return self._possible[model]
 
     def usable(self, model: str) -> dict[Worker, Usable]:
@@ -49,6 +66,10 @@ class Targets:
         if model not in self._usable:
             self._usable[model] = {target.decode: self._use_of(target) for target in self._router.targets(model)}
         return self._usable[model]
+
+    def _possible_of(self, target: Target) -> Target | None:
+        kept = self._with_pairs(target, _LASTING)
+        return kept if kept.aggregated or kept.prefills else None
 
     def _use_of(self, target: Target) -> Usable:
         kept = self._with_pairs(target, frozenset({PairState.PROVEN, PairState.UNKNOWN}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ class Router:
 
     def __init__(self, workers: WorkerSet) -> None:
         self._workers = workers
-        self._targets: dict[str, tuple[Target, ...]] | None = None
+        self._targets: dict[str, list[Target]] | None = None
         self._limits: dict[str, Limits] = {}
         workers.on_change(self._forget)
 
@@ -197,25 +198,24 @@ class Router:
         self._targets = None
         self._limits.clear()
 
-    def _all(self) -> dict[str, tuple[Target, ...]]:
+    def _all(self) -> dict[str, list[Target]]:
         if self._targets is None:
-            targets: dict[str, tuple[Target, ...]] = {}
+            prefills: defaultdict[tuple[str, str], list[Worker]] = defaultdict(list)
+            for worker in self._workers.routable(Role.PREFILL):
+                prefills[_pairs_by(worker)].append(worker)
+            targets: defaultdict[str, list[Target]] = defaultdict(list)
             for decode in self._workers.routable(Role.DECODE):
-                if prefills := self._prefills_for(decode):
-                    name = decode.record.model.name
-                    targets[name] = (*targets.get(name, ()), Target(decode, prefills))
+                if partners := prefills.get(_pairs_by(decode)):
+                    targets[decode.record.model.name].append(Target(decode, tuple(partners)))
             for worker in self._workers.routable(Role.AGGREGATED):
-                name = worker.record.model.name
-                targets[name] = (*targets.get(name, ()), Target(worker))
-            self._targets = targets
+                targets[worker.record.model.name].append(Target(worker))
+            self._targets = dict(targets)
         return self._targets
 
-    def _prefills_for(self, decode: Worker) -> tuple[Worker, ...]:
-        return tuple(
-            worker
-            for worker in self._workers.routable(Role.PREFILL, decode.record.model.name)
-            if worker.record.compat_hash == decode.record.compat_hash
-        )
+
+def _pairs_by(worker: Worker) -> tuple[str, str]:
+    """What a prefill and a decode worker must have in common."""
+    return (worker.record.model.name, worker.record.compat_hash)
 
 
 def _with_embedding(generating: model_pb2.ModelInfo | None, embedding: model_pb2.ModelInfo) -> model_pb2.ModelInfo:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -112,10 +114,15 @@ class FakePairs:
     def __init__(self) -> None:
         self.states: dict[tuple[str, str], PairState] = {}
         self.begun: list[Placement] = []
-        self.changed = lambda: None
+        self.decodes: Callable[[], list[FakeWorker]] = list
+        self.listener: Callable[[FakeWorker], None] = lambda decode: None
 
     def on_change(self, listener: Any) -> None:
-        self.changed = listener
+        self.listener = listener
+
+    def changed(self) -> None:
+        for decode in self.decodes():
+            self.listener(decode)
 
     def state(self, prefill: FakeWorker, decode: FakeWorker) -> PairState:
         return self.states.get((prefill.instance_id, decode.instance_id), PairState.PROVEN)
@@ -154,6 +161,7 @@ class House:
             for decode in decodes
         ]
         self.router, self.pairs = FakeRouter(targets), FakePairs()
+        self.pairs.decodes = lambda: self.decodes
         router, pairs = cast("Router", self.router), cast("PairChecks", self.pairs)
         policies = Policies(prefill_policy or RoundRobin(), decode_policy or RoundRobin())
         self.queue = DispatchQueue(router, pairs, policies, limit=limit, ready_timeout=ready_timeout)
@@ -879,56 +887,83 @@ def up_to_date(house: House) -> None:
         assert cast("Any", worker.link).asked == min(wanted, worker.link.window)
 
 
-def test_whatever_happens_every_worker_is_asked_for_what_could_go_there() -> None:
-    rng = random.Random(11)
-    for _ in range(40):
-        windows = {f"d{n}": rng.choice((1, 2, 2, 5, 20)) for n in range(5)}
-        decodes = [decode(name, free=rng.randrange(window + 1), window=window) for name, window in windows.items()]
-        for worker in decodes:
+class Life:
+    """What can happen to a queue, at random: requests, slots, credits and pairs of five decode workers."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        windows = [rng.choice((1, 2, 2, 5, 20)) for _ in range(5)]
+        self.decodes = [decode(f"d{n}", free=rng.randrange(wide + 1), window=wide) for n, wide in enumerate(windows)]
+        for worker in self.decodes:
             if rng.random() < 0.3:
                 worker.link = EagerLink(worker.link.free_slots, worker.link.window)
-        house = House(*decodes, prefills=2, limit=1000)
-        for prefill in house.prefills:
-            for worker in decodes:
+        self.house = House(*self.decodes, prefills=2, limit=1000)
+        self.waiting: list[Ticket] = []
+        for worker in self.decodes:
+            for prefill in self.house.prefills:
                 state = rng.choice((PairState.PROVEN, PairState.PROVEN, PairState.UNKNOWN, PairState.FAILED))
-                house.pairs.set(prefill.instance_id, worker.instance_id, state)
-        waiting: list[Ticket] = []
+                self.house.pairs.set(prefill.instance_id, worker.instance_id, state)
+
+    def step(self) -> None:
+        self.rng.choice(
+            (self.enter, self.enter, self.name, self.again, self.leave, self.slots, self.grant, self.pair)
+        )()
+        self.waiting = [ticket for ticket in self.waiting if ticket.waiting]
+
+    def enter(self) -> None:
+        self.waiting += [self.house.enter(priority=self.rng.randrange(2)) for _ in range(self.rng.randrange(3))]
+
+    def name(self) -> None:
+        hints = Hints(self.rng.choice(("", "p0", "p1")), self.rng.choice(self.decodes).instance_id)
+        with contextlib.suppress(RequestError):  # they may never pair
+            self.waiting.append(self.house.enter(hints=hints))
+
+    def again(self) -> None:
+        if self.waiting:
+            failed = self.waiting.pop()
+            without = frozenset({f"{Role.DECODE}/{self.rng.choice(self.decodes).instance_id}"})
+            again = self.house.queue.enter_again(failed, without)
+            self.waiting += [] if again is None else [again]
+            failed.leave()
+
+    def leave(self) -> None:
+        if self.waiting:
+            self.waiting.pop(self.rng.randrange(len(self.waiting))).leave()
+
+    def slots(self) -> None:
+        worker = self.rng.choice(self.decodes)
+        worker.link.free_slots = self.rng.randrange(worker.link.window + 1)
+        self.house.grant(worker, 0)
+
+    def grant(self) -> None:
+        """More than it was asked for, sometimes."""
+        worker = self.rng.choice(self.decodes)
+        granted = self.rng.randrange(worker.link.asked + 2)
+        worker.link.asked = max(0, worker.link.asked - granted)
+        self.house.grant(worker, granted)
+
+    def pair(self) -> None:
+        worker, prefill = self.rng.choice(self.decodes), self.rng.choice(self.house.prefills)
+        failed = (
+            self.rng.choice((PairState.FAILED, PairState.REFUSED)) if prefill.instance_id == "p1" else PairState.FAILED
+        )
+        state = self.rng.choice((PairState.PROVEN, PairState.UNKNOWN, failed))
+        self.house.pairs.set(prefill.instance_id, worker.instance_id, state)
+        self.house.pairs.listener(worker)
+
+
+def test_whatever_happens_every_worker_is_asked_for_what_could_go_there() -> None:
+    rng = random.Random(11)
+    for _ in range(60):
+        life = Life(rng)
         for _ in range(80):
-            worker, prefill = rng.choice(decodes), rng.choice(house.prefills)
-            match rng.choice(("enter", "enter", "enter", "named", "again", "leave", "slots", "granted", "pair")):
-                case "enter":
-                    waiting.append(house.enter(priority=rng.randrange(2)))
-                case "named":
-                    hints = Hints(rng.choice(("", prefill.instance_id)), worker.instance_id)
-                    waiting.append(house.enter(hints=hints))
-                case "again" if waiting:
-                    gone = frozenset({f"{Role.DECODE}/{worker.instance_id}"})
-                    old = waiting.pop()
-                    if (again := house.queue.enter_again(old, gone)) is not None:
-                        waiting.append(again)
-                    old.leave()
-                case "leave" if waiting:
-                    waiting.pop(rng.randrange(len(waiting))).leave()
-                case "slots":
-                    worker.link.free_slots = rng.randrange(worker.link.window + 1)
-                    house.grant(worker, 0)
-                case "granted":
-                    granted = rng.randrange(worker.link.asked + 2)
-                    worker.link.asked = max(0, worker.link.asked - granted)
-                    house.grant(worker, granted)
-                case "pair":
-                    state = rng.choice((PairState.PROVEN, PairState.UNKNOWN, PairState.FAILED))
-                    house.pairs.set(prefill.instance_id, worker.instance_id, state)
-                    house.pairs.changed()
-                case _:
-                    pass
-            waiting = [ticket for ticket in waiting if ticket.waiting]
-            assert len(house.queue) == len(waiting)
-            if waiting:
-                up_to_date(house)
-        for ticket in waiting:
+            life.step()
+            assert len(life.house.queue) == len(life.waiting)
+            if life.waiting:
+                up_to_date(life.house)
+        for ticket in life.waiting:
             ticket.leave()
-        assert (len(house.queue), sum(house.asked())) == (0, 0)
+        assert (len(life.house.queue), sum(life.house.asked())) == (0, 0)
 
 
 def test_workers_that_have_not_changed_are_not_looked_at() -> None:
