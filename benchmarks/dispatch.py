@@ -4,8 +4,8 @@
 
 The real queue, chooser, policy (round-robin) and credits in front of workers that grant at once; no network and no
 engines. Each row has so many decode and as many prefill workers, all pairs proven. *Idle*: workers have free slots.
-*Full*: 100 requests wait, one slot falls free and one more request comes. *Pair*: a pair has been proven while a request
-waits. Times are of CPU; compare within one run only.
+*Full*: 100 requests wait, one slot falls free and one more request comes. *Pair*: a pair has been proven while a
+request waits. Times are of CPU; compare within one run only.
 """
 
 from __future__ import annotations
