@@ -5,7 +5,8 @@
 The real queue, chooser, policy (round-robin) and credits in front of workers that grant at once; no network and no
 engines. Each row has so many decode and as many prefill workers, all pairs proven. *Idle*: workers have free slots.
 *Full*: 100 requests wait, one slot falls free and one more request comes. *Pair*: a pair has been proven while a
-request waits. Times are of CPU; compare within one run only.
+request waits. *Messages*: how many sessions are told something when all workers are full, ten requests wait, one slot
+falls free and one more request comes. Times are of CPU; compare within one run only.
 """
 
 from __future__ import annotations
@@ -154,6 +155,26 @@ def full(workers: int, requests: int) -> float:
     return _seconds_each(one, requests)
 
 
+def messages(workers: int, requests: int) -> float:
+    """Sessions that have news after each of a credit and a request, while fewer wait than a window has slots."""
+    house, rng = House(workers, free=0), random.Random(1)
+    waiting = [house.enter() for _ in range(10)]
+    told = 0
+
+    def tell() -> int:
+        return sum(decode.link.credits.news() is not None for decode in house.decodes)
+
+    tell()
+    for _ in range(requests):
+        house.grant(rng.choice(house.decodes))
+        told += tell()
+        if house.settled(waiting[0]):
+            del waiting[0]
+            waiting.append(house.enter())
+            told += tell()
+    return told / requests
+
+
 def pair(workers: int, requests: int) -> float:
     """CPU seconds of the news that a pair has been proven, while a request waits."""
     house, rng = House(workers, free=0), random.Random(1)
@@ -176,10 +197,11 @@ def main() -> None:
     parser.add_argument("--workers", default="1,16,64,256")
     parser.add_argument("--requests", type=int, default=2000)
     options = parser.parse_args()
-    print("decode workers, and as many prefill   idle µs   full µs   pair µs")
+    print("decode workers, and as many prefill   idle µs   full µs   pair µs   messages")
     for workers in map(int, options.workers.split(",")):
         row = (measure(workers, options.requests) * 1e6 for measure in (idle, full, pair))
-        print(f"{workers:>37}" + "".join(f"{each:>10.0f}" for each in row))
+        told = messages(workers, options.requests // 10)
+        print(f"{workers:>37}" + "".join(f"{each:>10.0f}" for each in row) + f"{told:>11.1f}")
 
 
 if __name__ == "__main__":

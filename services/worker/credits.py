@@ -27,6 +27,7 @@ class CreditWindow:
         self.entering = 0
         self._legs = legs
         self._accounts: list[CreditAccount] = []
+        self._had_free = False
         legs.on_end = self.grant
 
     @property
@@ -63,6 +64,11 @@ class CreditWindow:
         if not free and any(account.asks for account in self._accounts):
             for account in self._accounts:
                 account.told_of_need()
+        if free and not self._had_free:
+            # Requests may wait at frontends that have asked other workers.
+            for account in self._accounts:
+                account.told_of_room()
+        self._had_free = free > 0
         metrics.WORKER_FREE_SLOTS.set(free)
 
 
@@ -103,6 +109,10 @@ class CreditAccount:
         """Somebody waits for a slot: whoever keeps a credit in hand hears that none is free, and gives it back."""
         if self.unused and not self.asks:
             self._changed()
+
+    def told_of_room(self) -> None:
+        """A slot has fallen free that nobody has asked for."""
+        self._changed()
 
     def spend(self) -> Entry:
         """One credit becomes a leg that is on its way in. Raises RequestError with NO_CREDIT."""

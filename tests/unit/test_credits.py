@@ -162,3 +162,18 @@ async def test_legs_without_credits_take_slots_too(legs: LiveLegs) -> None:
     assert account.granted == 0
     ends.set()
     await eventually(lambda: account.granted == 1)
+
+
+async def test_every_session_hears_that_a_full_worker_has_room_again(legs: LiveLegs) -> None:
+    window, told = CreditWindow(legs), list[str]()
+    busy = window.account(lambda: told.append("busy"))
+    window.account(lambda: told.append("waiting elsewhere"))
+    window.open(2)
+    told.clear()
+    busy.ask(up_to=2, returned=0)
+    assert set(told) == {"busy"}
+    told.clear()
+    busy.ask(up_to=2, returned=1)
+    assert sorted(told) == ["busy", "waiting elsewhere"]
+    busy.ask(up_to=2, returned=2)
+    assert len(told) == 2, "it had room before"

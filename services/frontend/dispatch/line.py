@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from kvbaton.errors import RequestError
 from services.frontend.link.load import LegShare
@@ -15,6 +16,11 @@ from services.frontend.router.worker import Worker, WorkerRank
 
 # What a ticket delivers: workers, or why there will be none.
 Delivery = Callable[[Placement | RequestError], None]
+
+
+# Workers that are asked for the tickets in the open: each is told whenever their number changes. A slot that falls free
+# elsewhere is heard of, and asked for, then.
+_ASKED_OPENLY = 8
 
 
 class Ticket:
@@ -170,7 +176,8 @@ class Line:
     """Tickets of one model.
 
     A ticket with a prompt stands either with the one worker that is asked for its credit, because it was chosen and
-    has a free slot, or in the open, where the first worker that has a credit for it gets it.
+    has a free slot, or in the open, where the first worker that has a credit for it gets it. For those in the open some
+    workers are asked, and for one that can't go everywhere all that can serve it.
 
     It remembers what was found out of workers, so that not all of them are looked at for every request.
     """
@@ -189,8 +196,9 @@ class Line:
         self._picky: set[Ticket] = set()
         # The widest window that any worker had: nobody is asked for more than that.
         self._widest = 0
-        # What was asked of every worker last for those in the open; None: it was not the same for all.
-        self._asked_of_all: int | None = None
+        # Who is asked for those in the open, and for how many they were asked last; None: it was not the same for all.
+        self._openly: frozenset[Worker] = frozenset()
+        self._asked_openly: int | None = None
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -248,7 +256,7 @@ class Line:
         """They are all that there are."""
         self.stale = False
         self.changed = dict.fromkeys(workers)
-        self._asked_of_all = None
+        self._openly, self._asked_openly = frozenset(), None
 
     def found(self, worker: Worker, room: int) -> None:
         """So many tickets may stand with the worker; those beyond them, the least urgent, go back into the open."""
@@ -258,16 +266,32 @@ class Line:
         else:
             self.room.pop(worker, None)
 
-    def open_has_changed(self) -> bool:
-        """Whether every worker is to be asked anew: others stand in the open than when this was called last."""
-        before = self._asked_of_all
-        self._asked_of_all = None if self._picky else min(len(self.open), self._widest)
-        return self._asked_of_all is None or self._asked_of_all != before
+    def to_ask(self, workers: Collection[Worker]) -> list[Worker]:
+        """Those of all `workers` of whom others are `wanted` than before, perhaps."""
+        changed, self.changed = self.changed, {}
+        if self.open and not self._openly:
+            self._openly = frozenset(workers if len(workers) <= _ASKED_OPENLY else _sample(workers))
+        before = self._asked_openly
+        self._asked_openly = None if self._picky else min(len(self.open), self._widest)
+        if before is None or self._asked_openly is None:
+            changed = dict.fromkeys(workers)
+        elif before != self._asked_openly:
+            changed |= dict.fromkeys(worker for worker in workers if worker in self._openly)
+        if not self.open:
+            self._openly = frozenset()
+        return [worker for worker in changed if worker in workers]
+
+    def wanted(self, target: Target) -> int:
+        """How many tickets the target's worker is asked for."""
+        if target.decode in self._openly:
+            return self.chosen(target.decode) + self.open_for(target)
+        picky = sum(ticket.seat is self.open and ticket.fits(target) for ticket in self._picky)
+        return self.chosen(target.decode) + picky
 
     def asked(self, window: int) -> None:
-        """A worker with this window was asked for those in the open."""
+        """A worker with this window was."""
         if window > self._widest:
-            self._widest, self._asked_of_all = window, None
+            self._widest, self._asked_openly = window, None
 
     def chosen(self, worker: Worker) -> int:
         """How many stand with it."""
@@ -294,3 +318,7 @@ class Line:
     def open_for(self, target: Target) -> int:
         """How many in the open the target can serve."""
         return len(self.open) - sum(ticket.seat is self.open and not ticket.fits(target) for ticket in self._picky)
+
+
+def _sample(workers: Collection[Worker]) -> list[Worker]:
+    return random.sample(list(workers), _ASKED_OPENLY)

@@ -2,8 +2,9 @@
 
 No prefill is spent on a request that decode can't take: a request gets its workers together with the credit of one of
 them. While workers have free slots, the policy chooses among those, and the chosen one is asked for a credit. When it
-turns out to have none, another one is chosen. A request for which none is free asks every worker that could serve it,
-and the first slot that falls free is its; what comes too much is given back.
+turns out to have none, another one is chosen. For requests for which none is free a few of the workers that could
+serve them are asked, and a slot that falls free there is theirs at once; of one that falls free elsewhere the queue
+hears, and asks for it. What comes too much is given back.
 """
 
 from __future__ import annotations
@@ -343,15 +344,12 @@ class DispatchQueue:
             ticket.routing += time.monotonic() - began
 
     def _ask(self, model: str, line: Line) -> list[Worker]:
-        """Each worker for those that stand with it, and for those that anybody may serve; returns whom for any."""
+        """Each worker for those that stand with it, some for those that anybody may serve; returns whom for any."""
         usable = self._targets.usable(model)
-        workers = usable if line.open_has_changed() else [worker for worker in line.changed if worker in usable]
-        line.changed.clear()
         asked: list[Worker] = []
-        for worker in workers:
-            count = line.chosen(worker) + line.open_for(usable[worker].target)
+        for worker in line.to_ask(usable):
             window = worker.link.window
-            worker.link.ask(wanted := min(usable[worker].within(count), window))
+            worker.link.ask(wanted := min(usable[worker].within(line.wanted(usable[worker].target)), window))
             line.asked(window)
             if wanted:
                 asked.append(worker)

@@ -878,21 +878,23 @@ class Slots:
 def up_to_date(house: House) -> None:
     """Nothing is left to plan or to ask for, also at workers that weren't looked at this time."""
     line = house.queue._lines[MODEL]
+    assert len(line._openly) == (min(8, len(house.decodes)) if line.open else 0)
     for worker, usable in house.queue._targets.usable(MODEL).items():
         room = usable.within(worker.link.free_slots) - line.chosen(worker)
         fitting = [ticket for ticket in line.open.all() if ticket.fits(usable.target)]
         assert room >= 0
         assert not (room and fitting)
-        wanted = usable.within(line.chosen(worker) + len(fitting))
+        asked_for = [ticket for ticket in fitting if ticket.picky or worker in line._openly]
+        wanted = usable.within(line.chosen(worker) + len(asked_for))
         assert cast("Any", worker.link).asked == min(wanted, worker.link.window)
 
 
 class Life:
-    """What can happen to a queue, at random: requests, slots, credits and pairs of five decode workers."""
+    """What can happen to a queue, at random: requests, slots, credits and pairs."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, workers: int) -> None:
         self.rng = rng
-        windows = [rng.choice((1, 2, 2, 5, 20)) for _ in range(5)]
+        windows = [rng.choice((1, 2, 2, 5, 20)) for _ in range(workers)]
         self.decodes = [decode(f"d{n}", free=rng.randrange(wide + 1), window=wide) for n, wide in enumerate(windows)]
         for worker in self.decodes:
             if rng.random() < 0.3:
@@ -954,8 +956,8 @@ class Life:
 
 def test_whatever_happens_every_worker_is_asked_for_what_could_go_there() -> None:
     rng = random.Random(11)
-    for _ in range(60):
-        life = Life(rng)
+    for workers in 30 * [5, 12]:
+        life = Life(rng, workers)
         for _ in range(80):
             life.step()
             assert len(life.house.queue) == len(life.waiting)
@@ -977,6 +979,44 @@ def test_workers_that_have_not_changed_are_not_looked_at() -> None:
     assert len(asked) == 1
     ticket.leave()
     assert asked == [asked[0]] * 2
+
+
+def test_of_many_full_workers_a_few_are_asked() -> None:
+    """Each is told of every request that comes or goes."""
+    house = House(*(decode(f"d{n}", window=8) for n in range(30)))
+    first, second = house.enter(), house.enter()
+    asked = [worker for worker in house.decodes if worker.link.asked]
+    assert (len(asked), sum(house.asked())) == (8, 16)
+    house.grant(asked[0])
+    assert placed(first).decode is asked[0]
+    assert sum(house.asked()) == 8
+    second.leave()
+    assert sum(house.asked()) == 0
+
+
+def test_a_slot_that_falls_free_where_nobody_asked_is_used() -> None:
+    house = House(*(decode(f"d{n}", window=8) for n in range(30)))
+    ticket = house.enter()
+    other = next(worker for worker in house.decodes if not worker.link.asked)
+    other.link.free_slots = 1
+    house.grant(other, 0)
+    assert [worker for worker in house.decodes if worker.link.asked] == [other]
+    house.grant(other)
+    assert placed(ticket).decode is other
+
+
+def test_whom_a_request_names_is_asked_among_many() -> None:
+    house = House(*(decode(f"d{n}", window=8) for n in range(30)))
+    anywhere = [house.enter() for _ in range(2)]
+    other = next(worker for worker in house.decodes if not worker.link.asked)
+    named = house.enter(hints=Hints(decode=other.instance_id))
+    assert other.link.asked == 1
+    assert sum(house.asked()) == 17
+    house.grant(other)
+    assert (named.waiting, [ticket.waiting for ticket in anywhere]) == (True, [False, True]), "the older one took it"
+    assert other.link.asked == 1
+    house.grant(other, 2)
+    assert placed(named).decode is other
 
 
 def test_no_slot_idles_while_a_request_waits_whatever_happens() -> None:
