@@ -47,6 +47,21 @@ def faults(result: Result) -> str:
     )
 
 
+def ranks(result: Result) -> str:
+    """Each kind of worker, how long it took to start, and each promise."""
+    started = [
+        (row["plan"], "pairs" if row["mode"] == "disagg" else "aggregated", f"{row['ready_s']:.0f}", row["workers"])
+        for row in result.get("rows", [])
+    ]
+    checks = [(each["name"], _verdict(each["ok"]), each["said"]) for each in result["checks"]]
+    return _section(
+        result,
+        _table(("ranks", "of", "ready s", "workers that answered"), started),
+        _table(("promise", "held", "seen"), checks),
+        skipped=False,
+    )
+
+
 def bench(result: Result) -> str:
     """A row for each load on each system, and how long workers took to be registered."""
     head = ("load", "system", "requests/s", "TTFT p50 ms", "p99", "ITL p50 ms", "p99", "good share", "good/s", "failed")
@@ -97,7 +112,7 @@ def timeline(result: Result) -> str:
 
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
-    each.__name__: each for each in (smoke, parity, faults, bench, timeline)
+    each.__name__: each for each in (smoke, parity, ranks, faults, bench, timeline)
 }
 
 

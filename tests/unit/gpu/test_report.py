@@ -70,6 +70,19 @@ def test_the_timeline_brings_its_plot(document: Path) -> None:
     assert "| prefill | 22.00 |" in section
 
 
+def test_ranks_say_what_held_and_what_could_not_be_shown(document: Path) -> None:
+    rows = [{"plan": "tp 2", "mode": "disagg", "ready_s": 51.2, "workers": 2}]
+    checks = [
+        {"name": "tp 2: every rank writes its heads", "ok": True, "said": "2 processes"},
+        {"name": "GPUs of their own for all", "ok": None, "said": "2 of 4 GPUs"},
+    ]
+    merge(document, {"ranks": {**HEAD, "rows": rows, "checks": checks}})
+    section = section_of(document.read_text(), "ranks")
+    assert "| tp 2 | pairs | 51 | 2 |" in section
+    assert "| tp 2: every rank writes its heads | yes | 2 processes |" in section
+    assert "2 of 4 GPUs" in section
+
+
 @pytest.mark.parametrize("run", [{"device": "cpu"}, {"quick": True}])
 def test_runs_on_a_cpu_and_quick_ones_are_not_reported(tmp_path: Path, run: dict[str, Any]) -> None:
     (tmp_path / "smoke.json").write_text(json.dumps({**SMOKE, **run}))
