@@ -43,8 +43,13 @@ def run_child(config: FrontendConfig, place: Place, report: Report) -> int:
     log_flags = config.log
     configure_logging(level=log_flags.log_level, format=log_flags.log_format, service="frontend", process=place.number)
     PROCESS_STARTS.labels(str(place.number)).inc()
+
+    def listening(_: FrontendConfig) -> None:
+        report.listening()
+        report.keep_saying_alive(config.heartbeat)
+
     try:
-        status = _run(config, place, lambda _: report.listening())
+        status = _run(config, place, listening)
     except (PortTakenError, ValueError) as error:
         report.cannot_start(str(error))
         return 1

@@ -151,6 +151,22 @@ async def test_a_killed_process_is_replaced_and_takes_nothing_with_it(processes:
     assert processes.log("frontend").count("a process ended, starting another") == 1
 
 
+async def test_a_frozen_process_is_replaced(processes: Processes) -> None:
+    """It would be given its share of all new connections, and they would hang."""
+    start(processes, "--heartbeat", "0.2")
+    async with connections(processes) as reached:
+        was = pids(processes)
+        os.kill(was[1], signal.SIGSTOP)
+        await eventually(lambda: pids(processes).get(1, was[1]) != was[1], within=30, what="another process")
+        await asyncio.gather(*(ask(client, prompt_tokens=20, tokens=3) for client in reached[2][:4]))
+    async with connections(processes) as reached:
+        assert set(reached) == {1, 2}
+        assert pids(processes)[2] == was[2]
+        await ask(reached[1][0], prompt_tokens=20, tokens=3)
+    log = processes.log("frontend")
+    assert log.count("a process says nothing, killing it") == log.count("a process ended, starting another") == 1
+
+
 async def test_sigterm_lets_every_live_request_finish(processes: Processes, temporary: Path) -> None:
     start(processes, "--drain-timeout", "120", step=0.02)
     async with connections(processes) as reached:

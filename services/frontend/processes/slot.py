@@ -28,6 +28,8 @@ _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 30.0
 _LONG_LIFE_SECONDS = 60.0
 # Beyond --drain-timeout, for what a drain takes besides waiting.
 _STOP_GRACE_SECONDS = 30.0
+# A process that listens and has said nothing for so many heartbeats is frozen: connections that it is given would hang.
+_SILENT_HEARTBEATS = 20
 
 
 class CannotStartError(Exception):
@@ -41,6 +43,8 @@ class Slot:
         self._place = place
         self._order = pickle.dumps(config)
         self._stop_within = config.drain_timeout + _STOP_GRACE_SECONDS
+        self._heartbeat = config.heartbeat
+        self._spoken = False
         self._process: Process | None = None
         self._stopping = asyncio.Event()
         self._error = ""
@@ -104,8 +108,12 @@ class Slot:
         try:
             if self._stopping.is_set():
                 self._signal(signal.SIGTERM)
-            await self._hear(process)
-            return await process.wait()
+            watching = asyncio.create_task(self._watch_silence(process), name="silence")
+            try:
+                await self._hear(process)
+                return await process.wait()
+            finally:
+                watching.cancel()
         finally:
             if process.returncode is None:
                 process.kill()
@@ -121,10 +129,24 @@ class Slot:
             await process.stdin.drain()
         process.stdin.close()
         async for line in process.stdout:
+            self._spoken = True
             listening, error = read_report(line)
             self._error = error or self._error
             if listening:
                 self.listening.set()
+
+    async def _watch_silence(self, process: Process) -> None:
+        """Kills a process that listens and is frozen, which ends it as any other end does."""
+        silent = 0
+        while silent < _SILENT_HEARTBEATS:
+            # Turns of this loop and not of the clock: while this process stands still it can't hear.
+            await asyncio.sleep(self._heartbeat)
+            if self._stopping.is_set():
+                return  # it has its time for that
+            silent = 0 if self._spoken or not self.listening.is_set() else silent + 1
+            self._spoken = False
+        log.error("a process says nothing, killing it", process=self._place.number, seconds=silent * self._heartbeat)
+        process.kill()
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
