@@ -28,7 +28,7 @@ from kvbaton.v1 import health_pb2 as kvbaton_dot_v1_dot_health__pb2
 from kvbaton.v1 import worker_pb2 as kvbaton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvbaton/v1/session.proto\x12\nkvbaton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19kvbaton/v1/generate.proto\x1a\x17kvbaton/v1/health.proto\x1a\x17kvbaton/v1/worker.proto\"\xb3\x01\n\x0e\x43onnectRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x17.kvbaton.v1.OpenSession\x12\x0e\n\x06\x61\x62orts\x18\x05 \x03(\x04\x12&\n\x07submits\x18\x06 \x03(\x0b\x32\x15.kvbaton.v1.SubmitLeg\x12\'\n\x07\x63redits\x18\x04 \x01(\x0b\x32\x16.kvbaton.v1.AskCreditsJ\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04R\x06submitR\x05\x61\x62ort\"i\n\x0bOpenSession\x12,\n\x0bincarnation\x18\x01 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd2\x01\n\tSubmitLeg\x12\x0b\n\x03leg\x18\x01 \x01(\x04\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.kvbaton.v1.GenerateRequest\x12>\n\rtrace_headers\x18\x03 \x03(\x0b\x32\'.kvbaton.v1.SubmitLeg.TraceHeadersEntry\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x1a\x33\n\x11TraceHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\nAskCredits\x12\r\n\x05up_to\x18\x01 \x01(\x04\x12\x10\n\x08returned\x18\x02 \x01(\x04\"\x8a\x02\n\x0f\x43onnectResponse\x12&\n\x07updates\x18\x01 \x03(\x0b\x32\x15.kvbaton.v1.LegUpdate\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.kvbaton.v1.WorkerState\x12\x11\n\tlive_legs\x18\x03 \x01(\r\x12\x31\n\x0e\x65ngine_silence\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x63redits_granted\x18\x05 \x01(\x04\x12\x0e\n\x06window\x18\x06 \x01(\r\x12\x12\n\nfree_slots\x18\x07 \x01(\r\x12$\n\x04load\x18\x08 \x01(\x0b\x32\x16.kvbaton.v1.LoadReport\"F\n\nLoadReport\x12\x13\n\x0bthrough_leg\x18\x01 \x01(\x04\x12#\n\x05ranks\x18\x02 \x03(\x0b\x32\x14.kvbaton.v1.RankLoad\"\xb5\x01\n\tLegUpdate\x12\x0b\n\x03leg\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12&\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x14.kvbaton.v1.Finished\x12\r\n\x05\x65rror\x18\x06 \x01(\x0c\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.kvbaton.v1.TokenLogprob2^\n\x14WorkerSessionService\x12\x46\n\x07\x43onnect\x12\x1a.kvbaton.v1.ConnectRequest\x1a\x1b.kvbaton.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvbaton/v1/session.proto\x12\nkvbaton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19kvbaton/v1/generate.proto\x1a\x17kvbaton/v1/health.proto\x1a\x17kvbaton/v1/worker.proto\"\xad\x01\n\x0e\x43onnectRequest\x12%\n\x04open\x18\x05 \x01(\x0b\x32\x17.kvbaton.v1.OpenSession\x12\x0e\n\x06\x61\x62orts\x18\x06 \x03(\x04\x12&\n\x07submits\x18\x07 \x03(\x0b\x32\x15.kvbaton.v1.SubmitLeg\x12\'\n\x07\x63redits\x18\x08 \x01(\x0b\x32\x16.kvbaton.v1.AskCreditsJ\x04\x08\x01\x10\x05R\x06submitR\x05\x61\x62ort\"i\n\x0bOpenSession\x12,\n\x0bincarnation\x18\x01 \x01(\x0b\x32\x17.kvbaton.v1.Incarnation\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd2\x01\n\tSubmitLeg\x12\x0b\n\x03leg\x18\x01 \x01(\x04\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.kvbaton.v1.GenerateRequest\x12>\n\rtrace_headers\x18\x03 \x03(\x0b\x32\'.kvbaton.v1.SubmitLeg.TraceHeadersEntry\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x1a\x33\n\x11TraceHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\nAskCredits\x12\r\n\x05up_to\x18\x01 \x01(\x04\x12\x10\n\x08returned\x18\x02 \x01(\x04\"\x8a\x02\n\x0f\x43onnectResponse\x12&\n\x07updates\x18\x01 \x03(\x0b\x32\x15.kvbaton.v1.LegUpdate\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.kvbaton.v1.WorkerState\x12\x11\n\tlive_legs\x18\x03 \x01(\r\x12\x31\n\x0e\x65ngine_silence\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x63redits_granted\x18\x05 \x01(\x04\x12\x0e\n\x06window\x18\x06 \x01(\r\x12\x12\n\nfree_slots\x18\x07 \x01(\r\x12$\n\x04load\x18\x08 \x01(\x0b\x32\x16.kvbaton.v1.LoadReport\"F\n\nLoadReport\x12\x13\n\x0bthrough_leg\x18\x01 \x01(\x04\x12#\n\x05ranks\x18\x02 \x03(\x0b\x32\x14.kvbaton.v1.RankLoad\"\xb5\x01\n\tLegUpdate\x12\x0b\n\x03leg\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12&\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x14.kvbaton.v1.Finished\x12\r\n\x05\x65rror\x18\x06 \x01(\x0c\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.kvbaton.v1.TokenLogprob2^\n\x14WorkerSessionService\x12\x46\n\x07\x43onnect\x12\x1a.kvbaton.v1.ConnectRequest\x1a\x1b.kvbaton.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,21 +38,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITLEG_TRACEHEADERSENTRY']._loaded_options = None
   _globals['_SUBMITLEG_TRACEHEADERSENTRY']._serialized_options = b'8\001'
   _globals['_CONNECTREQUEST']._serialized_start=150
-  _globals['_CONNECTREQUEST']._serialized_end=329
-  _globals['_OPENSESSION']._serialized_start=331
-  _globals['_OPENSESSION']._serialized_end=436
-  _globals['_SUBMITLEG']._serialized_start=439
-  _globals['_SUBMITLEG']._serialized_end=649
-  _globals['_SUBMITLEG_TRACEHEADERSENTRY']._serialized_start=598
-  _globals['_SUBMITLEG_TRACEHEADERSENTRY']._serialized_end=649
-  _globals['_ASKCREDITS']._serialized_start=651
-  _globals['_ASKCREDITS']._serialized_end=696
-  _globals['_CONNECTRESPONSE']._serialized_start=699
-  _globals['_CONNECTRESPONSE']._serialized_end=965
-  _globals['_LOADREPORT']._serialized_start=967
-  _globals['_LOADREPORT']._serialized_end=1037
-  _globals['_LEGUPDATE']._serialized_start=1040
-  _globals['_LEGUPDATE']._serialized_end=1221
-  _globals['_WORKERSESSIONSERVICE']._serialized_start=1223
-  _globals['_WORKERSESSIONSERVICE']._serialized_end=1317
+  _globals['_CONNECTREQUEST']._serialized_end=323
+  _globals['_OPENSESSION']._serialized_start=325
+  _globals['_OPENSESSION']._serialized_end=430
+  _globals['_SUBMITLEG']._serialized_start=433
+  _globals['_SUBMITLEG']._serialized_end=643
+  _globals['_SUBMITLEG_TRACEHEADERSENTRY']._serialized_start=592
+  _globals['_SUBMITLEG_TRACEHEADERSENTRY']._serialized_end=643
+  _globals['_ASKCREDITS']._serialized_start=645
+  _globals['_ASKCREDITS']._serialized_end=690
+  _globals['_CONNECTRESPONSE']._serialized_start=693
+  _globals['_CONNECTRESPONSE']._serialized_end=959
+  _globals['_LOADREPORT']._serialized_start=961
+  _globals['_LOADREPORT']._serialized_end=1031
+  _globals['_LEGUPDATE']._serialized_start=1034
+  _globals['_LEGUPDATE']._serialized_end=1215
+  _globals['_WORKERSESSIONSERVICE']._serialized_start=1217
+  _globals['_WORKERSESSIONSERVICE']._serialized_end=1311
 # @@protoc_insertion_point(module_scope)

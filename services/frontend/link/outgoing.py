@@ -52,11 +52,14 @@ class Outgoing:
     def close(self) -> None:
         """Nothing more is sent."""
         self._closed = True
+        self._aborts.clear()
+        self._unsent.clear()
         self._wake.set()
 
     async def messages(self) -> AsyncIterator[session_pb2.ConnectRequest]:
         """For the stream; ends when closed."""
-        yield session_pb2.ConnectRequest(open=self._opening)
+        if not self._closed:
+            yield session_pb2.ConnectRequest(open=self._opening)
         while not self._closed:
             if (message := self._next()) is not None:
                 yield message
