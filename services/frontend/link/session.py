@@ -67,6 +67,8 @@ class SessionLink:
         self._legs: dict[int, SessionLeg] = {}
         self._heard_at = 0.0
         self._healthy = False
+        # Why there is none, as it was logged last.
+        self._why = ""
         self._proving: set[asyncio.Task[None]] = set()
         self._tasks = [
             asyncio.create_task(self._keep_connected(), name=f"session {worker}"),
@@ -226,8 +228,11 @@ class SessionLink:
 
     def _set_healthy(self, healthy: bool, why: str) -> None:
         if healthy == self._healthy:
+            if why != self._why:  # it is tried ten times a second
+                self._why = why
+                log.info("no session", worker=self._worker, why=why)
             return
-        self._healthy = healthy
+        self._healthy, self._why = healthy, why
         log.info("session stands" if healthy else "session lost", worker=self._worker, why=why)
         self._changed()
 

@@ -95,12 +95,13 @@ class Worker:
         self._answers = False
         self._unexpected = ""
         self._texts = texts
-        self._changed = changed
+        self._tell = changed
+        self._was_answering = False
         self._credits_came = credits_came
         self._channel = make_channel(record.grpc_endpoint, tls=config.tls.client())
         self.link = self._make_link(config)
         self.breaker = Breaker(
-            config.breaker, worker=record.instance_id, role=self.role, probe=self._probe, changed=changed
+            config.breaker, worker=record.instance_id, role=self.role, probe=self._probe, changed=self._changed
         )
         self.ejected = False
         """Whether its breaker keeps requests from it; see `ejection`."""
@@ -295,9 +296,13 @@ class Worker:
             await self._channel.wait_for_state_change(state)
 
     def _set_answers(self, answers: bool, reason: str) -> None:
-        if (answers, reason) == (self._answers, self._reason):
-            return
-        was, self._answers, self._reason = self._answers, answers, reason
-        if was != answers:
-            log.info("worker routable" if answers else "worker unroutable", worker=self.instance_id, reason=reason)
-        self._changed()
+        if (answers, reason) != (self._answers, self._reason):
+            self._answers, self._reason = answers, reason
+            self._changed()
+
+    def _changed(self) -> None:
+        if self.answering != self._was_answering:
+            self._was_answering = self.answering
+            event = "worker routable" if self.answering else "worker unroutable"
+            log.info(event, worker=self.instance_id, reason=self.reason)
+        self._tell()
