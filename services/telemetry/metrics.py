@@ -53,7 +53,7 @@ REQUESTS = Counter("kvbaton_requests", "Requests that the frontend has ended.", 
 LIVE_REQUESTS = Gauge("kvbaton_live_requests", "Requests accepted and not ended.", multiprocess_mode="livesum")
 QUEUED_REQUESTS = Gauge(
     "kvbaton_queued_requests",
-    "Requests that wait for a decode worker's credit.",
+    "Requests that wait for a decode worker's credit, retries among them.",
     ["model"],
     multiprocess_mode="livesum",
 )

@@ -38,6 +38,10 @@ class PatientTickets:
             del self._timers[ticket.model]
         return True
 
+    def count(self, model: str) -> int:
+        """How many of the model wait."""
+        return len(self._timers.get(model, ()))
+
     def models(self) -> list[str]:
         """Those of its tickets."""
         return list(self._timers)

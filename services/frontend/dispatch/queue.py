@@ -130,6 +130,7 @@ class DispatchQueue:
             return self._add(again)
         if not patient or not self._patient.add(again):
             return None
+        self._measure(ticket.model)
         self._enter_served(ticket.model, targets)
         return again
 
@@ -149,12 +150,12 @@ class DispatchQueue:
         """The worker has granted credits, or its window or its free slots have changed."""
         model = worker.record.model.name
         line = self._lines.get(model)
-        if line is not None:
+        if line is not None and worker in self._targets.usable(model):
             line.changed[worker] = None
-        if line and worker in self._targets.usable(model):
-            self._serve(model, line)
-        else:
-            worker.want_no_credits()
+            if line:
+                self._serve(model, line)
+                return
+        worker.want_no_credits()
 
     def _add(self, ticket: Ticket) -> Ticket:
         line = self._lines.setdefault(ticket.model, Line())
@@ -184,6 +185,7 @@ class DispatchQueue:
 
     def _left(self, ticket: Ticket) -> None:
         if self._patient.remove(ticket):
+            self._measure(ticket.model)
             return
         if ticket.held:
             self._count(ticket, -1)
@@ -211,7 +213,11 @@ class DispatchQueue:
         priorities[ticket.priority] += change
         if not priorities[ticket.priority]:
             del priorities[ticket.priority]
-        metrics.QUEUED_REQUESTS.labels(ticket.model).set(priorities.total())
+        self._measure(ticket.model)
+
+    def _measure(self, model: str) -> None:
+        waiting = self._priorities[model].total() + self._patient.count(model)
+        metrics.QUEUED_REQUESTS.labels(model).set(waiting)
 
     def _make_room(self, model: str, count: int, priority: int) -> None:
         """The model's least urgent requests leave for more urgent ones. Raises RequestError when that is not enough."""
@@ -233,15 +239,18 @@ class DispatchQueue:
             raise error
         for ticket in outranked[-lacking:]:
             self._settle(ticket, error)
+        self._serve(model, self._lines[model])
 
     def _pairs_changed(self, decode: Worker) -> None:
         """Pairs of one decode worker have been proven, or have failed."""
+        model = decode.record.model.name
+        line = self._lines.get(model)
         if self._targets.pairs_changed(decode):
             self._serve_all()
-        elif (line := self._lines.get(decode.record.model.name)) is not None:
+        elif line is not None and decode in self._targets.usable(model):
             line.changed[decode] = None
             if line:
-                self._serve(decode.record.model.name, line)
+                self._serve(model, line)
 
     def _serve_all(self) -> None:
         self._targets.changed()
@@ -266,6 +275,7 @@ class DispatchQueue:
             self._add(ticket)
 
     def _end_patience(self, ticket: Ticket) -> None:
+        self._measure(ticket.model)
         ticket.settle(self._router.no_worker(ticket.model))
 
     def _serve(self, model: str, line: Line) -> None:

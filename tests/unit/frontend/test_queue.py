@@ -29,6 +29,7 @@ from services.frontend.router.policies.policy import Candidate, Choice, Policy, 
 from services.frontend.router.policies.round_robin import RoundRobin
 from services.frontend.router.worker import WorkerRank
 from services.requests import Role
+from services.telemetry import metrics
 from tests.support.waiting import eventually
 
 MODEL = "m"
@@ -197,6 +198,11 @@ def placed(ticket: Ticket) -> Placement:
     placement = result(ticket)
     assert isinstance(placement, Placement)
     return placement
+
+
+def queued() -> float:
+    """As the metrics say it."""
+    return metrics.QUEUED_REQUESTS.labels(MODEL)._value.get()
 
 
 def decode(name: str = "d0", *, model: str = MODEL, **values: int) -> FakeWorker:
@@ -473,16 +479,19 @@ async def test_its_patience_ends() -> None:
     assert again is not None
     await eventually(lambda: not again.waiting)
     assert isinstance(result(again), RequestError)
-    assert len(house.queue) == 0
+    assert (len(house.queue), queued()) == (0, 0)
 
 
 async def test_a_patient_retry_that_leaves_is_forgotten() -> None:
     house = House(worker := decode(), ready_timeout=5.0)
     ticket = house.enter()
     house.grant(worker)
+    assert queued() == 0
     again = house.queue.enter_again(ticket, frozenset({"decode/d0"}), patient=True)
     assert again is not None
+    assert queued() == 1
     again.leave()
+    assert queued() == 0
     house.router.all = [Target(cast("Any", decode("d1", free=1)), tuple(cast("Any", house.prefills)))]
     house.queue.workers_changed()
     assert result(again) is None
@@ -706,6 +715,34 @@ def test_an_idle_worker_that_leaves_is_forgotten() -> None:
     del worker, ticket
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("news", ["a leg has ended there", "its pair has been proven"])
+def test_news_of_a_worker_that_has_left_keeps_nothing_of_it(news: str) -> None:
+    """Its link stays open until its last leg has ended."""
+    worker, other = decode(free=1), decode("d1", free=1)
+    house, gone = House(worker, other), weakref.ref(worker)
+    ticket = house.enter()
+    house.grant(worker)
+    placed(ticket).give_back()
+    del house.router.all[0], house.decodes[0]
+    house.queue.workers_changed()
+    if news == "a leg has ended there":
+        house.grant(worker, 0)
+    else:
+        house.pairs.listener(worker)
+    del worker, ticket
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_was_asked_for_a_request_that_had_to_go_is_asked_for_no_longer() -> None:
+    house = House(worker := decode(free=2), limit=2)
+    for _ in range(2):
+        house.enter()
+    assert worker.link.asked == 2
+    house.queue.enter(MODEL, priority=1)  # its prompt is not known yet
+    assert worker.link.asked == 1
 
 
 def test_a_burst_between_two_reports_spreads() -> None:
