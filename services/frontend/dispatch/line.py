@@ -190,6 +190,8 @@ class Line:
         """Those to look at again, in the order in which their credits, slots, pairs or seats have changed."""
         self.stale = True
         """All of them are to be looked at again."""
+        self.asks_some = False
+        """Whether others could be asked for the tickets in the open than those that are."""
         self._chosen: dict[Worker, Seats] = {}
         self._tickets: dict[Ticket, None] = {}
         # Those that some target can't serve.
@@ -256,7 +258,7 @@ class Line:
         """They are all that there are."""
         self.stale = False
         self.changed = dict.fromkeys(workers)
-        self._openly, self._asked_openly = frozenset(), None
+        self.ask_others()
 
     def found(self, worker: Worker, room: int) -> None:
         """So many tickets may stand with the worker; those beyond them, the least urgent, go back into the open."""
@@ -270,7 +272,8 @@ class Line:
         """Those of all `workers` of whom others are `wanted` than before, perhaps."""
         changed, self.changed = self.changed, {}
         if self.open and not self._openly:
-            self._openly = frozenset(workers if len(workers) <= _ASKED_OPENLY else _sample(workers))
+            self.asks_some = len(workers) > _ASKED_OPENLY
+            self._openly = frozenset(_sample(workers) if self.asks_some else workers)
         before = self._asked_openly
         self._asked_openly = None if self._picky else min(len(self.open), self._widest)
         if before is None or self._asked_openly is None:
@@ -278,8 +281,12 @@ class Line:
         elif before != self._asked_openly:
             changed |= dict.fromkeys(worker for worker in workers if worker in self._openly)
         if not self.open:
-            self._openly = frozenset()
+            self._openly, self.asks_some = frozenset(), False
         return [worker for worker in changed if worker in workers]
+
+    def ask_others(self) -> None:
+        """Those that are asked for the tickets in the open have had their time."""
+        self._openly, self._asked_openly = frozenset(), None
 
     def wanted(self, target: Target) -> int:
         """How many tickets the target's worker is asked for."""

@@ -33,6 +33,8 @@ from services.telemetry import metrics
 
 # Seconds that a refused client is told to wait: as long as the oldest request in the queue has, within these.
 _SHORTEST_WAIT, _LONGEST_WAIT = 1.0, 30.0
+# Seconds for which the same few of many full workers are asked; they may be slow, and others' slots go to others.
+_TURN_SECONDS = 2.0
 
 
 class DispatchQueue:
@@ -51,6 +53,8 @@ class DispatchQueue:
         self._patient = PatientTickets(ready_timeout, self._end_patience)
         # By model without workers.
         self._giving_up: dict[str, asyncio.TimerHandle] = {}
+        # By model of which some workers are asked: when it is the turn of others.
+        self._turns: dict[str, asyncio.TimerHandle] = {}
         self._lines: dict[str, Line] = {}
         self._numbers = itertools.count()
         # By model: those that wait or are held, by priority.
@@ -297,7 +301,15 @@ class DispatchQueue:
             self._plan(model, line)
             # A stream's credits come at once, and so do a session's spare ones.
             if not self._hand_out(model, line, self._ask(model, line)):
-                return
+                break
+        if line.asks_some and model not in self._turns:
+            loop = asyncio.get_running_loop()
+            self._turns[model] = loop.call_later(_TURN_SECONDS, self._ask_others, model)
+
+    def _ask_others(self, model: str) -> None:
+        del self._turns[model]
+        self._lines[model].ask_others()
+        self._serve(model, self._lines[model])
 
     def _give_up(self, model: str) -> None:
         del self._giving_up[model]

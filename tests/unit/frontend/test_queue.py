@@ -15,6 +15,7 @@ import pytest
 
 from kvbaton.errors import Reason, RequestError
 from kvbaton.v1 import worker_pb2
+from services.frontend.dispatch import queue
 from services.frontend.dispatch.line import Ticket
 from services.frontend.dispatch.pair_checks import PairChecks, PairState
 from services.frontend.dispatch.queue import DispatchQueue
@@ -991,7 +992,7 @@ class Life:
         self.house.pairs.listener(worker)
 
 
-def test_whatever_happens_every_worker_is_asked_for_what_could_go_there() -> None:
+async def test_whatever_happens_every_worker_is_asked_for_what_could_go_there() -> None:
     rng = random.Random(11)
     for workers in 30 * [5, 12]:
         life = Life(rng, workers)
@@ -1018,7 +1019,7 @@ def test_workers_that_have_not_changed_are_not_looked_at() -> None:
     assert asked == [asked[0]] * 2
 
 
-def test_of_many_full_workers_a_few_are_asked() -> None:
+async def test_of_many_full_workers_a_few_are_asked() -> None:
     """Each is told of every request that comes or goes."""
     house = House(*(decode(f"d{n}", window=8) for n in range(30)))
     first, second = house.enter(), house.enter()
@@ -1031,7 +1032,26 @@ def test_of_many_full_workers_a_few_are_asked() -> None:
     assert sum(house.asked()) == 0
 
 
-def test_a_slot_that_falls_free_where_nobody_asked_is_used() -> None:
+async def test_others_get_their_turn_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "_TURN_SECONDS", 0.01)
+    house = House(*(decode(f"d{n}", window=8) for n in range(30)))
+    ticket = house.enter()
+    seen: set[str] = set()
+
+    def all_seen() -> bool:
+        asked = [worker.instance_id for worker in house.decodes if worker.link.asked]
+        assert len(asked) == 8
+        seen.update(asked)
+        return len(seen) == 30
+
+    await eventually(all_seen)
+    ticket.leave()
+    assert sum(house.asked()) == 0
+    await asyncio.sleep(0.05)
+    assert not house.queue._turns, "nobody waits"
+
+
+async def test_a_slot_that_falls_free_where_nobody_asked_is_used() -> None:
     house = House(*(decode(f"d{n}", window=8) for n in range(30)))
     ticket = house.enter()
     other = next(worker for worker in house.decodes if not worker.link.asked)
@@ -1042,7 +1062,7 @@ def test_a_slot_that_falls_free_where_nobody_asked_is_used() -> None:
     assert placed(ticket).decode is other
 
 
-def test_whom_a_request_names_is_asked_among_many() -> None:
+async def test_whom_a_request_names_is_asked_among_many() -> None:
     house = House(*(decode(f"d{n}", window=8) for n in range(30)))
     anywhere = [house.enter() for _ in range(2)]
     other = next(worker for worker in house.decodes if not worker.link.asked)
