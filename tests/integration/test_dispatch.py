@@ -130,6 +130,35 @@ async def test_a_full_queue_refuses_at_once_with_retry_info(small: FakeCluster) 
     await eventually(lambda: not decode.engine.live)
 
 
+async def test_more_full_workers_than_are_asked_at_once_serve_two_frontends(
+    etcd_endpoint: str, model_folder: Path
+) -> None:
+    """A dozen workers of one slot each; every frontend asks eight of them and hears of the others."""
+    namespace, workers, requests = f"t-{time.time_ns()}", 12, 120
+    async with (
+        FakeCluster(etcd_endpoint, namespace, model_folder, link="session", heartbeat=2.0) as cluster,
+        FakeCluster(etcd_endpoint, namespace, model_folder, link="session", heartbeat=2.0) as other,
+    ):
+        slow = Behaviour(token_seconds=0.01)
+        await asyncio.gather(*(cluster.start_worker(Role.AGGREGATED, slow, window=1) for _ in range(workers)))
+        await asyncio.gather(cluster.routable(workers), other.routable(workers))
+        clients = [each.client for each in (cluster, other)]
+        prompts = [[*PROMPT, number] for number in range(requests)]
+        running = [
+            asyncio.create_task(clients[number % 2].generate(token_ids=prompt, sampling=GREEDY))
+            for number, prompt in enumerate(prompts)
+        ]
+        busiest = 0
+        while not all(task.done() for task in running):
+            busiest = max(busiest, *(len(worker.engine.live) for worker in cluster.workers))
+            await asyncio.sleep(0.005)
+        answers = await asyncio.gather(*running)
+        assert [answer.token_ids for answer in answers] == [expected_tokens(prompt, 8) for prompt in prompts]
+        assert busiest == 1, "never more than the window"
+        served = [len(worker.engine.seen) for worker in cluster.workers]
+        assert min(served) > requests / workers / 3, "no worker idles while requests wait"
+
+
 async def test_the_more_urgent_request_goes_first(small: FakeCluster) -> None:
     await small.start_worker(Role.PREFILL)
     decode = await small.start_worker(Role.DECODE, Behaviour(hang=True), window=1)
