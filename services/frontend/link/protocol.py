@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeAlias
+from typing import NamedTuple, Protocol, Self, TypeAlias
 
 from kvbaton.errors import RequestError
 from kvbaton.v1 import generate_pb2, session_pb2
@@ -20,8 +20,7 @@ class LegAccepted:
     """The worker has checked the leg and handed it to its engine."""
 
 
-@dataclass(frozen=True, slots=True)
-class LegTokens:
+class LegTokens(NamedTuple):
     """New tokens of a leg that goes on; with log probabilities, one for each, where the request asks for them."""
 
     token_ids: list[int]
@@ -55,7 +54,7 @@ class LegFailed:
 
 
 def _logprobs(wire: LegMessage) -> tuple[TokenLogprob, ...]:
-    return tuple(map(TokenLogprob.from_proto, wire.logprobs))
+    return tuple(map(TokenLogprob.from_proto, wire.logprobs)) if wire.logprobs else ()
 
 
 GoodEvent = LegAccepted | LegTokens | LegFinished

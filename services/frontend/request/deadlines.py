@@ -67,9 +67,10 @@ class DeadlineClock:
         """A token came."""
         self._phase_at = time.monotonic() + self._deadlines.token_gap
 
-    def remaining(self) -> float:
-        """Seconds until the next deadline; not negative."""
-        return max(0.0, min(self._total_at, self._phase_at) - time.monotonic())
+    @property
+    def deadline(self) -> float:
+        """When the next one passes, on the monotonic clock."""
+        return min(self._total_at, self._phase_at)
 
     def expired(self) -> RequestError:
         """The error of the deadline that has passed."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvbaton.errors import RequestError
 from services.frontend.dispatch.line import Ticket
 from services.frontend.link.protocol import LegEvent
 from services.frontend.request.attempt import Attempt
 from services.frontend.request.deadlines import DeadlineClock
+from services.frontend.request.mailbox import Mailbox
 from services.frontend.router.placement import Placement
 from services.requests import Role
 
@@ -30,8 +32,7 @@ class EndedError(Exception):
         self.error = error
 
 
-@dataclass(frozen=True, slots=True)
-class FromLeg:
+class FromLeg(NamedTuple):
     """What a leg of some attempt says."""
 
     attempt: Attempt
@@ -48,15 +49,18 @@ class FromQueue:
 
 
 class Inbox:
-    """What one owner hears, in order."""
+    """What one owner hears, in order. `close` it."""
 
     def __init__(self, clock: DeadlineClock) -> None:
         self._clock = clock
-        self._items: asyncio.Queue[FromLeg | FromQueue | End] = asyncio.Queue()
+        self._items: Mailbox[FromLeg | FromQueue | End] = Mailbox()
+        # One timer for many items: tokens move the deadline, and the timer finds that out when it fires.
+        self._timer: asyncio.TimerHandle | None = None
+        self._fires_at = 0.0
 
     def put(self, item: FromLeg | FromQueue | End) -> None:
         """It is heard behind all that came before."""
-        self._items.put_nowait(item)
+        self._items.put(item)
 
     async def get(self) -> FromLeg | FromQueue:
         """The next one. Raises EndedError where somebody ends the request."""
@@ -67,13 +71,31 @@ class Inbox:
 
     async def get_in_time(self) -> FromLeg | FromQueue:
         """The same within the request's deadlines. Raises RequestError where one passes."""
-        if not self._items.empty():
-            return await self.get()
-        try:
-            async with asyncio.timeout(self._clock.remaining()):
-                return await self.get()
-        except TimeoutError:
-            raise self._clock.expired() from None
+        while not self._items:
+            deadline = self._clock.deadline
+            if self._timer is None or deadline < self._fires_at:
+                self._wake_at(deadline)
+            await self._items.wait()
+        return await self.get()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wake_at(self, deadline: float) -> None:
+        """Raises RequestError when it has passed."""
+        self.close()
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise self._clock.expired()
+        self._fires_at = deadline
+        self._timer = asyncio.get_running_loop().call_later(remaining, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        self._items.wake()
 
 
 class Progress(Protocol):

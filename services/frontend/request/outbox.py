@@ -6,13 +6,13 @@ stated number of bytes; then its request is ended.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 import grpc
 
 from kvbaton.errors import Reason, RequestError
 from services.frontend.request.api import Output
+from services.frontend.request.mailbox import Mailbox
 
 TOKEN_BYTES = 4
 # Bytes that an output costs beside its tokens and its text.
@@ -29,7 +29,7 @@ class Outbox:
         # Choices whose last output has not come.
         self._open = choices
         self._max_bytes = max_bytes
-        self._items: asyncio.Queue[tuple[Output, int] | RequestError] = asyncio.Queue()
+        self._items: Mailbox[tuple[Output, int] | RequestError] = Mailbox()
         self._overflowed = False
         # Nobody takes, or nothing more is to come.
         self._closed = False
@@ -53,12 +53,12 @@ class Outbox:
                 f"the client has left more than {self._max_bytes} bytes of its answer unread",
             )
         self.buffered_bytes += size
-        self._items.put_nowait((output, size))
+        self._items.put((output, size))
 
     def fail(self, error: RequestError) -> None:
         """The last word of all choices: `get` raises it behind what is buffered."""
         self._closed = True
-        self._items.put_nowait(error)
+        self._items.put(error)
         if self._overflowed and self._cut_off is not None:
             self._cut_off()
 
@@ -82,8 +82,7 @@ class Outbox:
         self._drop()
 
     def _drop(self) -> None:
-        while not self._items.empty():
-            self._items.get_nowait()
+        self._items.clear()
         self.buffered_bytes = 0
 
 

@@ -126,6 +126,7 @@ class RequestOwner:
             log.error("request failed", request_id=self.request_id, state=self.state, exc_info=error)
             self._fail(RequestError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
         finally:
+            self._inbox.close()
             self._places.leave()
             self._close_attempt(self.answer.error)
             for result in await asyncio.gather(*self._closing, return_exceptions=True):
