@@ -27,7 +27,6 @@ class CreditWindow:
         self.entering = 0
         self._legs = legs
         self._accounts: list[CreditAccount] = []
-        self._had_free = False
         legs.on_end = self.grant
 
     @property
@@ -64,11 +63,9 @@ class CreditWindow:
         if not free and any(account.asks for account in self._accounts):
             for account in self._accounts:
                 account.told_of_need()
-        if free and not self._had_free:
-            # Requests may wait at frontends that have asked other workers.
+        if free:
             for account in self._accounts:
                 account.told_of_room()
-        self._had_free = free > 0
         metrics.WORKER_FREE_SLOTS.set(free)
 
 
@@ -82,6 +79,8 @@ class CreditAccount:
         self._up_to = 0
         self._returned = 0
         self._spent = 0
+        # A session that has been told nothing yet is about to be.
+        self._told_free = 1
 
     @property
     def asks(self) -> bool:
@@ -111,8 +110,14 @@ class CreditAccount:
             self._changed()
 
     def told_of_room(self) -> None:
-        """A slot has fallen free that nobody has asked for."""
-        self._changed()
+        """There are slots that nobody has asked for: requests may wait at frontends that have asked other workers."""
+        if not self._told_free:
+            self._changed()
+
+    def tell_free(self) -> int:
+        """What the session says now of the slots that nobody has or was promised."""
+        self._told_free = self._window.free
+        return self._told_free
 
     def spend(self) -> Entry:
         """One credit becomes a leg that is on its way in. Raises RequestError with NO_CREDIT."""

@@ -157,7 +157,7 @@ async def test_a_frozen_process_is_replaced(processes: Processes) -> None:
     async with connections(processes) as reached:
         was = pids(processes)
         os.kill(was[1], signal.SIGSTOP)
-        await eventually(lambda: pids(processes).get(1, was[1]) != was[1], within=30, what="another process")
+        await eventually(lambda: pids(processes).get(1, was[1]) != was[1], within=60, what="another process")
         await asyncio.gather(*(ask(client, prompt_tokens=20, tokens=3) for client in reached[2][:4]))
     async with connections(processes) as reached:
         assert set(reached) == {1, 2}

@@ -201,6 +201,8 @@ class Line:
         # Who is asked for those in the open, and for how many they were asked last; None: it was not the same for all.
         self._openly: frozenset[Worker] = frozenset()
         self._asked_openly: int | None = None
+        # Whether so many stand in the open that all are asked, and for the widest window.
+        self._crowded = False
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -271,11 +273,9 @@ class Line:
     def to_ask(self, workers: Collection[Worker]) -> list[Worker]:
         """Those of all `workers` of whom others are `wanted` than before, perhaps."""
         changed, self.changed = self.changed, {}
-        if self.open and not self._openly:
-            self.asks_some = len(workers) > _ASKED_OPENLY
-            self._openly = frozenset(_sample(workers) if self.asks_some else workers)
+        self._choose_whom_to_ask(workers)
         before = self._asked_openly
-        self._asked_openly = None if self._picky else min(len(self.open), self._widest)
+        self._asked_openly = None if self._picky else self._asked_for()
         if before is None or self._asked_openly is None:
             changed = dict.fromkeys(workers)
         elif before != self._asked_openly:
@@ -284,6 +284,21 @@ class Line:
             self._openly, self.asks_some = frozenset(), False
         return [worker for worker in changed if worker in workers]
 
+    def _choose_whom_to_ask(self, workers: Collection[Worker]) -> None:
+        """A few of many; all while so many wait that each is asked for all that it has, which need not be told anew."""
+        some = len(workers) > _ASKED_OPENLY
+        many = max(self._widest, _ASKED_OPENLY)
+        crowded = some and not self._picky and len(self.open) >= (many / 2 if self._crowded else many)
+        if self.open and (not self._openly or crowded != self._crowded):
+            self.asks_some = some and not crowded
+            self._openly = frozenset(_sample(workers) if self.asks_some else workers)
+            self._asked_openly = None
+        self._crowded = crowded
+
+    def _asked_for(self) -> int:
+        """For how many in the open."""
+        return self._widest if self._crowded else min(len(self.open), self._widest)
+
     def ask_others(self) -> None:
         """Those that are asked for the tickets in the open have had their time."""
         self._openly, self._asked_openly = frozenset(), None
@@ -291,7 +306,7 @@ class Line:
     def wanted(self, target: Target) -> int:
         """How many tickets the target's worker is asked for."""
         if target.decode in self._openly:
-            return self.chosen(target.decode) + self.open_for(target)
+            return self.chosen(target.decode) + (self._widest if self._crowded else self.open_for(target))
         picky = sum(ticket.seat is self.open and ticket.fits(target) for ticket in self._picky)
         return self.chosen(target.decode) + picky
 

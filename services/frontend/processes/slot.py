@@ -28,8 +28,9 @@ _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 30.0
 _LONG_LIFE_SECONDS = 60.0
 # Beyond --drain-timeout, for what a drain takes besides waiting.
 _STOP_GRACE_SECONDS = 30.0
-# A process that listens and has said nothing for so many heartbeats is frozen: connections that it is given would hang.
-_SILENT_HEARTBEATS = 20
+# A process that listens and has said nothing for so many heartbeats, and so long, is frozen: connections that it is
+# given would hang. A large tokenizer that is loaded holds up all else in a process for a second.
+_SILENT_HEARTBEATS, _SILENT_SECONDS = 20, 10.0
 
 
 class CannotStartError(Exception):
@@ -138,7 +139,7 @@ class Slot:
     async def _watch_silence(self, process: Process) -> None:
         """Kills a process that listens and is frozen, which ends it as any other end does."""
         silent = 0
-        while silent < _SILENT_HEARTBEATS:
+        while silent < max(_SILENT_HEARTBEATS, _SILENT_SECONDS / self._heartbeat):
             # Turns of this loop and not of the clock: while this process stands still it can't hear.
             await asyncio.sleep(self._heartbeat)
             if self._stopping.is_set():

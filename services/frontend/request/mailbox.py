@@ -1,7 +1,7 @@
 """Items for one reader, in order.
 
-asyncio.Queue serves any number of readers and writers, and asyncio.timeout around it makes a timer for every item. The two
-were a fifth of what a token cost the frontend over HTTP.
+asyncio.Queue serves any number of readers and writers, and asyncio.timeout around it makes a timer for every item. The
+two were a fifth of what a token cost the frontend over HTTP.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ class Session:
             response.engine_silence.FromNanoseconds(int(silence * 1e9))
         if (window := self._core.window) is not None and self._credits is not None:
             response.credits_granted = self._credits.granted
-            response.window, response.free_slots = window.size, window.free
+            response.window, response.free_slots = window.size, self._credits.tell_free()
         # What the engine alone changes waits for the next message, which is never far away.
         if self._load_version != (version := self._core.load.version):
             self._load_version = version

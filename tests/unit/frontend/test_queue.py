@@ -916,14 +916,16 @@ class Slots:
 def up_to_date(house: House) -> None:
     """Nothing is left to plan or to ask for, also at workers that weren't looked at this time."""
     line = house.queue._lines[MODEL]
-    assert len(line._openly) == (min(8, len(house.decodes)) if line.open else 0)
+    assert len(line._openly) == (
+        (len(house.decodes) if line._crowded else min(8, len(house.decodes))) if line.open else 0
+    )
     for worker, usable in house.queue._targets.usable(MODEL).items():
         room = usable.within(worker.link.free_slots) - line.chosen(worker)
         fitting = [ticket for ticket in line.open.all() if ticket.fits(usable.target)]
         assert room >= 0
         assert not (room and fitting)
         asked_for = [ticket for ticket in fitting if ticket.picky or worker in line._openly]
-        wanted = usable.within(line.chosen(worker) + len(asked_for))
+        wanted = usable.within(line.chosen(worker) + (line._widest if line._crowded else len(asked_for)))
         assert cast("Any", worker.link).asked == min(wanted, worker.link.window)
 
 
@@ -951,7 +953,8 @@ class Life:
         self.waiting = [ticket for ticket in self.waiting if ticket.waiting]
 
     def enter(self) -> None:
-        self.waiting += [self.house.enter(priority=self.rng.randrange(2)) for _ in range(self.rng.randrange(3))]
+        crowd = 30 if self.rng.random() < 0.02 else 3
+        self.waiting += [self.house.enter(priority=self.rng.randrange(2)) for _ in range(self.rng.randrange(crowd))]
 
     def name(self) -> None:
         hints = Hints(self.rng.choice(("", "p0", "p1")), self.rng.choice(self.decodes).instance_id)
@@ -1029,6 +1032,24 @@ async def test_of_many_full_workers_a_few_are_asked() -> None:
     assert placed(first).decode is asked[0]
     assert sum(house.asked()) == 8
     second.leave()
+    assert sum(house.asked()) == 0
+
+
+async def test_all_of_many_full_workers_are_asked_while_a_crowd_waits() -> None:
+    """For all that they have: then nobody has to be told when one more comes or goes."""
+    house = House(*(decode(f"d{n}", window=10) for n in range(30)), limit=1000)
+    waiting = [house.enter() for _ in range(9)]
+    assert sum(worker.link.asked > 0 for worker in house.decodes) == 8
+    waiting.append(house.enter())
+    assert house.asked() == [10] * 30
+    house.grant(house.decodes[0])
+    for ticket in waiting[1:5]:
+        ticket.leave()
+    assert house.asked() == [10] * 30
+    waiting[5].leave()
+    assert sorted(house.asked()) == [0] * 22 + [4] * 8
+    for ticket in waiting[6:]:
+        ticket.leave()
     assert sum(house.asked()) == 0
 
 
