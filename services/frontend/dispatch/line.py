@@ -255,12 +255,12 @@ class Line:
         self.stale = True
         self.room.clear()
         self.changed.clear()
+        self.ask_others()
 
     def look_again(self, workers: Iterable[Worker]) -> None:
         """They are all that there are."""
         self.stale = False
         self.changed = dict.fromkeys(workers)
-        self.ask_others()
 
     def found(self, worker: Worker, room: int) -> None:
         """So many tickets may stand with the worker; those beyond them, the least urgent, go back into the open."""

@@ -737,6 +737,19 @@ def test_news_of_a_worker_that_has_left_keeps_nothing_of_it(news: str) -> None:
     assert gone() is None
 
 
+async def test_nothing_is_kept_of_a_worker_that_was_asked_and_has_left() -> None:
+    worker = decode()
+    house, gone = House(worker, ready_timeout=5.0), weakref.ref(worker)
+    ticket = house.enter()
+    assert worker.link.asked == 1
+    house.router.all, house.decodes = [], []
+    house.queue.workers_changed()
+    ticket.leave()
+    del worker
+    gc.collect()
+    assert gone() is None
+
+
 def test_what_was_asked_for_a_request_that_had_to_go_is_asked_for_no_longer() -> None:
     house = House(worker := decode(free=2), limit=2)
     for _ in range(2):
