@@ -422,19 +422,19 @@ async def test_nothing_hangs_longer_than_the_frontends_deadlines(etcd_endpoint: 
         etcd_endpoint,
         "deadlines",
         model_folder,  # type: ignore[arg-type]
-        phases=PhaseFlags(prefill_timeout=0.5, transfer_timeout=0.5),
-        token_gap_timeout=0.3,
-        total_timeout=1.5,
+        phases=PhaseFlags(prefill_timeout=1.0, transfer_timeout=1.0),
+        token_gap_timeout=0.7,
+        total_timeout=3.0,
     ) as cluster:
         prefill, decode = await cluster.start_pair()
         prefill.engine.behaviour.hang = True
         error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
         assert (error.code, error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_PREFILL)
         prefill.engine.behaviour.hang = False
-        decode.engine.behaviour.token_seconds = 0.4
+        decode.engine.behaviour.token_seconds = 0.9
         error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy()))
         assert error.reason is Reason.DEADLINE_TOKEN_GAP
-        decode.engine.behaviour.token_seconds = 0.1
+        decode.engine.behaviour.token_seconds = 0.2
         error = await failure(cluster.client.generate(token_ids=PROMPT, sampling=greedy(100)))
         assert error.reason is Reason.DEADLINE_TOTAL
         await eventually(lambda: not decode.engine.live and not prefill.engine.live, within=5)
