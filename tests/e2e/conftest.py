@@ -175,6 +175,7 @@ async def embedded(
             await eventually(no_live_requests_on(worker), what="a call that was given up is aborted in the engine")
             await client.probe()
             await worker.probe()
+            await eventually(no_live_requests_on(worker), what="the engine says that the probes have ended")
             status = await worker.status()
     finally:
         await asyncio.to_thread(processes.stop)
