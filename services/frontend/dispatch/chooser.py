@@ -76,7 +76,7 @@ class Chooser:
 
     def _prefills(self, ticket: Ticket, target: Target) -> list[Worker]:
         """Those that can serve it; the preferred one alone, if its pair has been proven."""
-        fitting = list(ticket.prefills(target)) if ticket.picky else list(target.prefills)
+        fitting = list(ticket.prefills(target))
         for worker in fitting if ticket.prefers else ():
             preferred = worker.instance_id == ticket.prefers
             if preferred and self._pairs.state(worker, target.decode) is PairState.PROVEN:

@@ -87,15 +87,17 @@ class Target:
             return False
         if self.aggregated:
             return not hints.prefill
-        if not excluded and not hints.prefill:
-            return bool(self.prefills)
         return any(True for _ in self.prefills_for(excluded, hints))
 
     def prefills_for(self, excluded: frozenset[Incarnation], hints: Hints) -> Iterator[Worker]:
         """The prefill workers that such a request may go to."""
-        for prefill in self.prefills:
-            if not (excluded and incarnation_of(prefill) in excluded) and hints.prefill in ("", prefill.instance_id):
-                yield prefill
+        if not excluded and not hints.prefill:
+            return iter(self.prefills)
+        return (
+            prefill
+            for prefill in self.prefills
+            if incarnation_of(prefill) not in excluded and hints.prefill in ("", prefill.instance_id)
+        )
 
 
 class Router:
