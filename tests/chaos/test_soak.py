@@ -166,8 +166,6 @@ async def at_rest(processes: Processes) -> None:
 
 # A cancel that found its request in front of the frontend, or still being checked there.
 QUEUED = "queued"
-
-
 PHASES = (QUEUED, State.BOOTSTRAPPING, State.PREFILLING, State.TRANSFERRING, State.DECODING)
 
 

@@ -7,7 +7,7 @@
 - `fan_out`: the request as its client sees it: an owner for each choice, one stream
 - `owner`: the one task that owns a choice, from the wait for workers to its end
 - `places`: which workers its attempts get
-- `events`: what an owner hears, and whom it tells
+- `events`: what an owner hears, and whom it tells; `mailbox`: items for one reader
 - `states`: the states of a request and every allowed step between them
 - `attempt`: one attempt: both legs on one pair, and how they are ended
 - `blame`: by whom an attempt has failed
